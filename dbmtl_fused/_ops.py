@@ -1,0 +1,162 @@
+"""The operators of ``dbmtl_fused``: each schema once, its fake (meta) implementation right below it.
+
+Every operator has one overload per backend (``torch.ops.dbmtl_fused.combine.cpu``), so that two backends can be compared
+in one process. Implementations are registered elsewhere: ``reference`` in :mod:`dbmtl_fused.reference`, ``cpu`` and
+``cuda`` by the native module, ``triton`` in ``dbmtl_fused.triton_kernels``.
+
+Shared conventions:
+
+* ``T`` tasks, ``P`` columns. A matrix may have any row stride; its columns are adjacent.
+* State (``ema``, ``row``) is float32, or float64; ``beta``, ``scale``, ``norms``, ``weights``, ... have the state's dtype
+  and live on its device, so that no step ever waits for the host.
+* Gradients and ``out`` may be float32, bfloat16, float16 or float64, whatever the state.
+* ``found_inf`` (0-d float32, as in ``torch.amp``) is read and written: an EMA entry whose update is not finite stays as it
+  was and sets it to 1; once it is set, ``weights`` and with them ``out`` are NaN.
+* No operator returns what it mutates; ``P = 0`` is legal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "dbmtl_fused"
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""Every backend an operator may have, fastest first."""
+
+CHUNK = 4096
+"""Columns summed into one partial squared norm. A multiple of :data:`dbmtl_fused.layout.ALIGN`."""
+
+ALPHA_MODES = ("max", "min", "mean", "median", "constant", "none")
+"""What ``alpha`` is made of; ``"none"`` switches the magnitude balancing off (weights 1)."""
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _define(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Define ``schema`` for every backend, with the decorated function as the fake of each."""
+    name, arguments = schema.split("(", 1)
+
+    def register(fake: Callable[..., None]) -> Callable[..., None]:
+        for backend in BACKENDS:
+            _library.define(f"{name}.{backend}({arguments}")
+            torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_library)
+        return fake
+
+    return register
+
+
+def _check_vectors(T: int, **vectors: Tensor) -> None:
+    for name, vector in vectors.items():
+        torch._check(vector.shape == (T,), lambda: f"{name} must have shape ({T},), got {tuple(vector.shape)}")
+
+
+@_define(
+    "ema_update_(Tensor(a!) row, Tensor?[] grads, int[] slots, Tensor segments, Tensor beta, Tensor inv_scale, "
+    "Tensor(b!) partials, Tensor(c!) sq_norm, Tensor(d!) found_inf, bool accumulate) -> ()"
+)
+def _ema_update_fake(
+    row: Tensor,
+    grads: Sequence[Tensor | None],
+    slots: Sequence[int],
+    segments: Tensor,
+    beta: Tensor,
+    inv_scale: Tensor,
+    partials: Tensor,
+    sq_norm: Tensor,
+    found_inf: Tensor,
+    accumulate: bool,
+) -> None:
+    """Gather gradients of one task into its row of the EMA and keep the row's squared norm up to date.
+
+    For each column of slot ``slots[i]``, with ``g = grads[i] * inv_scale`` (``None`` counts as zeros)::
+
+        row = beta * row + (1 - beta) * g          accumulate=False
+        row = row + (1 - beta) * g                 accumulate=True
+
+    then ``partials`` of the slot's chunks (sums of ``row**2``) and ``sq_norm``, the sum of all partials in chunk order.
+
+    :param row: One row of the EMA, shape ``(P,)``; updated in place.
+    :param grads: Dense gradients in the memory order of their parameters; the shape is irrelevant.
+    :param slots: Which row of ``segments`` each gradient belongs to; no slot twice.
+    :param segments: ``(start, numel, first_chunk)`` of every parameter, shape ``(S, 3)``, int64.
+    :param beta: EMA coefficient of this step, 0-d.
+    :param inv_scale: What gradients are multiplied by first, 0-d.
+    :param partials: Squared norm of every chunk of the row, shape ``(C,)``.
+    :param sq_norm: Squared norm of the row, 0-d; only complete once every slot was updated for this step.
+    :param found_inf: See the module's conventions.
+    """
+    torch._check(row.dim() == 1, lambda: f"row must be 1-D, got {row.dim()}-D")
+    torch._check(len(grads) == len(slots), lambda: f"got {len(grads)} grads for {len(slots)} slots")
+
+
+@_define(
+    "combine(Tensor ema, Tensor sq_norms, Tensor found_inf, Tensor scale, str alpha, float alpha_constant, float eps, "
+    "bool accumulate, Tensor(a!) out, Tensor(b!) norms, Tensor(c!) weights, Tensor(d!) alpha_value) -> ()"
+)
+def _combine_fake(
+    ema: Tensor,
+    sq_norms: Tensor,
+    found_inf: Tensor,
+    scale: Tensor,
+    alpha: str,
+    alpha_constant: float,
+    eps: float,
+    accumulate: bool,
+    out: Tensor,
+    norms: Tensor,
+    weights: Tensor,
+    alpha_value: Tensor,
+) -> None:
+    """Turn squared row norms into weights and write the weighted sum of the rows (paper, Eq. 2 and Algorithm 1)::
+
+        norms   = sqrt(sq_norms)
+        alpha   = max(norms)                       or what ``alpha`` says
+        weights = alpha / (norms + eps)            1 if alpha is "none"; NaN if found_inf
+        out     = scale * sum_t weights[t] * ema[t]         (+ out if accumulate)
+
+    :param ema: EMA of the task gradients, shape ``(T, P)``.
+    :param sq_norms: Squared norms of its rows (all-reduced first where rows are sharded), shape ``(T,)``.
+    :param scale: Factor on ``out``, not on ``weights``, 0-d.
+    :param alpha: One of :data:`ALPHA_MODES`.
+    :param alpha_constant: ``alpha`` if the mode is ``"constant"``; else ignored.
+    :param out: Shape ``(P,)``, adjacent columns.
+    :param norms, weights: Shape ``(T,)``; written.
+    :param alpha_value: 0-d; written (1 if the mode is ``"none"``).
+    """
+    T, P = ema.shape
+    torch._check(out.shape == (P,), lambda: f"out must have shape ({P},), got {tuple(out.shape)}")
+    _check_vectors(T, sq_norms=sq_norms, norms=norms, weights=weights)
+
+
+@_define(
+    "balance_(Tensor(a!) ema, Tensor grads, Tensor beta, str alpha, float alpha_constant, float eps, "
+    "Tensor(b!) out, Tensor(c!) norms, Tensor(d!) weights, Tensor(e!) found_inf) -> ()"
+)
+def _balance_fake(
+    ema: Tensor,
+    grads: Tensor,
+    beta: Tensor,
+    alpha: str,
+    alpha_constant: float,
+    eps: float,
+    out: Tensor,
+    norms: Tensor,
+    weights: Tensor,
+    found_inf: Tensor,
+) -> None:
+    """``ema_update_`` of every row and ``combine``, on a ready gradient matrix, in one go.
+
+    :param ema: Shape ``(T, P)``; updated in place.
+    :param grads: Shape ``(T, P)``; must not overlap ``ema``.
+
+    The rest as in ``ema_update_`` and ``combine``.
+    """
+    torch._check(
+        ema.shape == grads.shape, lambda: f"ema {tuple(ema.shape)} and grads {tuple(grads.shape)} must have the same shape"
+    )
+    T, P = ema.shape
+    torch._check(out.shape == (P,), lambda: f"out must have shape ({P},), got {tuple(out.shape)}")
+    _check_vectors(T, norms=norms, weights=weights)
