@@ -29,6 +29,12 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 CHUNK = 4096
 """Columns summed into one partial squared norm. A multiple of :data:`dbmtl_fused.layout.ALIGN`."""
 
+GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What gradients and ``out`` may be."""
+
+STATE_DTYPES = (torch.float32, torch.float64)
+"""What the EMA and everything computed from it may be."""
+
 ALPHA_MODES = ("max", "min", "mean", "median", "constant", "none")
 """What ``alpha`` is made of; ``"none"`` switches the magnitude balancing off (weights 1)."""
 

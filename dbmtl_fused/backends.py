@@ -1,0 +1,102 @@
+"""Which backends this machine has, why the others are missing, and which one to use."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch._ops import OpOverload
+
+from dbmtl_fused import reference  # noqa: F401  (registers the reference overloads)
+from dbmtl_fused._ops import BACKENDS, NAMESPACE
+
+logger = logging.getLogger("dbmtl_fused")
+
+ENVIRONMENT_VARIABLE = "DBMTL_FUSED_BACKEND"
+"""Replaces ``backend="auto"`` where set; an explicit argument beats it."""
+
+_AUTO = {"cpu": ("cpu", "reference")}
+_AUTO_ACCELERATOR = ("cuda", "triton", "reference")
+_MODULES = {"cuda": "dbmtl_fused._C", "cpu": "dbmtl_fused._C", "triton": "dbmtl_fused.triton_kernels"}
+_BUILD_ERROR = Path(__file__).with_name("_build_error.txt")
+
+
+class Operators(NamedTuple):
+    """The operators of one backend; contracts in :mod:`dbmtl_fused._ops`."""
+
+    ema_update_: OpOverload
+    combine: OpOverload
+    balance_: OpOverload
+
+
+def operators(backend: str) -> Operators:
+    """The operators of ``backend``, one of :data:`BACKENDS`."""
+    namespace = getattr(torch.ops, NAMESPACE)
+    return Operators(*(getattr(getattr(namespace, name), backend) for name in Operators._fields))
+
+
+@functools.cache
+def _import_error(module: str) -> str | None:
+    """Why ``module``, which registers kernels when imported, cannot be; None if it can."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        if module == "dbmtl_fused._C" and isinstance(error, ModuleNotFoundError):
+            built = _BUILD_ERROR.read_text().strip() if _BUILD_ERROR.exists() else "its build did not run"
+            return f"the C++ extension is not there ({built}); install a C++ compiler and reinstall dbmtl_fused"
+        return f"{module} cannot be imported: {error}"
+    return None
+
+
+def why_not(backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot run on tensors of ``device_type`` here, or None if it can."""
+    if backend in _MODULES and (error := _import_error(_MODULES[backend])):
+        return error
+    key = torch._C._dispatch_key_for_device(device_type)
+    for op in operators(backend):
+        if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), key):
+            return f"it has no {op.name()} kernel for {device_type} tensors"
+    return None
+
+
+def available(device_type: str) -> list[str]:
+    """The backends that can run on tensors of ``device_type`` here, fastest first."""
+    return [backend for backend in BACKENDS if why_not(backend, device_type) is None]
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The backend to use: ``backend`` itself, or the best one there is if it is ``"auto"``.
+
+    :raises ValueError: If ``backend`` is not a backend's name.
+    :raises RuntimeError: If an explicitly requested backend cannot run here; the message says why.
+    """
+    wanted, source = backend, "backend"
+    if backend == "auto" and ENVIRONMENT_VARIABLE in os.environ:
+        wanted, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
+    if wanted == "auto":
+        return _auto(device.type)
+    if wanted not in BACKENDS:
+        raise ValueError(f"{source} must be one of {('auto', *BACKENDS)}, got {wanted!r}")
+    if reason := why_not(wanted, device.type):
+        raise RuntimeError(f"{source}={wanted!r} cannot run on {device.type} tensors here: {reason}")
+    return wanted
+
+
+@functools.cache
+def _auto(device_type: str) -> str:
+    """The best backend for ``device_type``; cached, so that the choice is logged once."""
+    candidates = _AUTO.get(device_type, _AUTO_ACCELERATOR)
+    missing = {}
+    for backend in candidates:
+        if (reason := why_not(backend, device_type)) is None:
+            break
+        missing[backend] = reason
+    level = logging.WARNING if missing and backend == "reference" else logging.INFO
+    notes = "".join(f"; no {name}: {reason}" for name, reason in missing.items())
+    logger.log(level, "backend %r for %s tensors%s", backend, device_type, notes)
+    return backend

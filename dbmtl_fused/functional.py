@@ -1,0 +1,162 @@
+"""``balance_``: one step of DB-MTL's gradient balancing on a ready ``T x P`` gradient matrix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dbmtl_fused import backends
+from dbmtl_fused._ops import GRAD_DTYPES, STATE_DTYPES
+
+ALPHA_NAMES = ("max", "min", "mean", "median")
+
+
+def balance_(
+    ema: Tensor,
+    grads: Tensor,
+    beta: float | Tensor,
+    *,
+    eps: float = 1e-8,
+    alpha: str | float | None = "max",
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Update the EMA of the task gradients in place and return their balanced sum.
+
+    Algorithm 1 of DB-MTL (arXiv 2308.12029), gradient part::
+
+        ema     = beta * ema + (1 - beta) * grads
+        norms   = norm of each row of ema
+        weights = alpha / (norms + eps)                 alpha = max(norms)
+        out     = sum_t weights[t] * ema[t]
+
+    Not differentiable: gradients go in, a gradient comes out.
+
+    :param ema: EMA of the task gradients, shape ``(T, P)``, float32 or float64, adjacent columns; updated in place.
+    :param grads: Task gradients, shape ``(T, P)``, float32, bfloat16, float16 or float64, adjacent columns.
+    :param beta: EMA coefficient of this step in ``[0, 1)``: a number, or a 0-d tensor on the same device that is read by the
+        kernel without a host sync (and whose range is therefore not checked).
+    :param eps: Added to the norms, > 0.
+    :param alpha: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` of the norms, a positive number, or None for a plain sum
+        (weights 1).
+    :param out: Where to write the sum, shape ``(P,)``, any of the dtypes of ``grads``; by default a new tensor of the dtype
+        of ``grads``.
+    :param backend: ``"auto"``, or the one to use: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``.
+    :returns: ``out (P,)``, ``norms (T,)``, ``weights (T,)``; the latter two in the dtype of ``ema``.
+    :raises TypeError: If an argument has the wrong type or dtype.
+    :raises ValueError: If a shape, device, stride or value does not fit, or tensors overlap.
+    :raises RuntimeError: If the requested backend cannot run here.
+
+    .. note:: A non-finite gradient entry leaves its EMA entry as it was and makes all of ``weights`` and ``out`` NaN.
+        Same inputs, same bits; on CPUs whatever the number of threads.
+    """
+    check_finite_float("eps", eps, above=0.0)
+    alpha_mode, alpha_constant = alpha_arguments(alpha)
+    _check_matrix("ema", ema, STATE_DTYPES)
+    _check_matrix("grads", grads, GRAD_DTYPES)
+    if grads.shape != ema.shape:
+        raise ValueError(f"grads must have the shape of ema, {tuple(ema.shape)}, got {tuple(grads.shape)}")
+    if grads.device != ema.device:
+        raise ValueError(f"grads must be on the device of ema, {ema.device}, got {grads.device}")
+    T, P = ema.shape
+    if T == 0:
+        raise ValueError("ema must have at least one row (task), got shape " + str(tuple(ema.shape)))
+    beta = _beta_tensor(beta, ema)
+    if out is None:
+        out = torch.empty(P, dtype=grads.dtype, device=grads.device)
+    else:
+        _check_out(out, ema)
+    for name, tensor, other_name, other in (("grads", grads, "ema", ema), ("out", out, "ema", ema), ("out", out, "grads", grads)):
+        if _overlap(tensor, other):
+            raise ValueError(f"{name} must not share memory with {other_name}")
+    ops = backends.operators(backends.resolve(backend, ema.device))
+    norms, weights = ema.new_empty(T), ema.new_empty(T)
+    found_inf = torch.zeros((), dtype=torch.float32, device=ema.device)
+    ops.balance_(
+        ema.detach(), grads.detach(), beta, alpha_mode, alpha_constant, eps, out.detach(), norms, weights, found_inf
+    )
+    return out, norms, weights
+
+
+def alpha_arguments(alpha: str | float | None) -> tuple[str, float]:
+    """``alpha`` as users give it -> the operators' ``(alpha, alpha_constant)``.
+
+    :raises ValueError: If it is none of what :func:`balance_` documents.
+    """
+    if alpha is None:
+        return "none", 0.0
+    if alpha in ALPHA_NAMES:
+        return str(alpha), 0.0
+    if isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 < alpha < math.inf:
+        return "constant", float(alpha)
+    raise ValueError(f"alpha must be one of {ALPHA_NAMES}, a positive number or None, got {alpha!r}")
+
+
+def check_finite_float(name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, below: float = math.inf) -> None:
+    """Raise unless ``value`` is a finite number with ``above < value``, ``low <= value`` and ``value < below``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and above < value and low <= value < below):
+        rules = [f"> {above:g}"] * (above > -math.inf) + [f">= {low:g}"] * (low > -math.inf) + [f"< {below:g}"] * (below < math.inf)
+        raise ValueError(f"{name} must be {' and '.join(rules) or 'finite'}, got {value}")
+
+
+def _beta_tensor(beta: float | Tensor, ema: Tensor) -> Tensor:
+    if not isinstance(beta, Tensor):
+        check_finite_float("beta", beta, low=0.0, below=1.0)
+        return torch.full((), beta, dtype=ema.dtype, device=ema.device)
+    if beta.dim() != 0 or beta.device != ema.device or not beta.is_floating_point():
+        raise ValueError(
+            f"beta must be a number or a 0-d floating-point tensor on {ema.device}, "
+            f"got shape {tuple(beta.shape)}, {beta.dtype}, on {beta.device}"
+        )
+    return beta.detach().to(ema.dtype)
+
+
+def _check_matrix(name: str, matrix: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(matrix).__name__}")
+    if matrix.dtype not in dtypes:
+        raise TypeError(f"{name} must have one of the dtypes {dtypes}, got {matrix.dtype}")
+    if matrix.dim() != 2:
+        raise ValueError(f"{name} must have shape (T, P), got {tuple(matrix.shape)}")
+    T, P = matrix.shape
+    if P > 1 and (matrix.stride(1) != 1 or (T > 1 and matrix.stride(0) < P)):
+        raise ValueError(f"{name} must have adjacent columns and rows that do not overlap, got strides {matrix.stride()}")
+
+
+def _check_out(out: Tensor, ema: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.dtype not in GRAD_DTYPES:
+        raise TypeError(f"out must have one of the dtypes {GRAD_DTYPES}, got {out.dtype}")
+    P = ema.shape[1]
+    if out.shape != (P,):
+        raise ValueError(f"out must have shape ({P},), got {tuple(out.shape)}")
+    if P > 1 and out.stride(0) != 1:
+        raise ValueError(f"out must have adjacent elements, got stride {out.stride(0)}")
+    if out.device != ema.device:
+        raise ValueError(f"out must be on the device of ema, {ema.device}, got {out.device}")
+    if out.requires_grad:
+        raise ValueError("out must not require grad")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors with adjacent columns share memory; interleaved rows of one buffer do not."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    (a_start, a_stop), (b_start, b_stop) = _span(a), _span(b)
+    if a_stop <= b_start or b_stop <= a_start:
+        return False
+    if a.dim() == b.dim() == 2 and (pitch := a.stride(0) * a.itemsize) == b.stride(0) * b.itemsize:
+        shift = (b_start - a_start) % pitch
+        return shift < a.shape[1] * a.itemsize or pitch - shift < b.shape[1] * b.itemsize
+    return True
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First byte and the one after the last of a tensor with non-negative strides."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
