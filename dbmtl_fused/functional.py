@@ -68,9 +68,8 @@ def balance_(
         out = torch.empty(P, dtype=grads.dtype, device=grads.device)
     else:
         _check_out(out, ema)
-    for name, tensor, other_name, other in (("grads", grads, "ema", ema), ("out", out, "ema", ema), ("out", out, "grads", grads)):
-        if _overlap(tensor, other):
-            raise ValueError(f"{name} must not share memory with {other_name}")
+    if not torch.compiler.is_compiling():  # traced tensors have no addresses
+        _check_overlap(ema, grads, out)
     ops = backends.operators(backends.resolve(backend, ema.device))
     norms, weights = ema.new_empty(T), ema.new_empty(T)
     found_inf = torch.zeros((), dtype=torch.float32, device=ema.device)
@@ -123,7 +122,7 @@ def _check_matrix(name: str, matrix: Tensor, dtypes: tuple[torch.dtype, ...]) ->
     if matrix.dim() != 2:
         raise ValueError(f"{name} must have shape (T, P), got {tuple(matrix.shape)}")
     T, P = matrix.shape
-    if P > 1 and (matrix.stride(1) != 1 or (T > 1 and matrix.stride(0) < P)):
+    if (P > 1 and matrix.stride(1) != 1) or (T > 1 and matrix.stride(0) < P):
         raise ValueError(f"{name} must have adjacent columns and rows that do not overlap, got strides {matrix.stride()}")
 
 
@@ -141,6 +140,13 @@ def _check_out(out: Tensor, ema: Tensor) -> None:
         raise ValueError(f"out must be on the device of ema, {ema.device}, got {out.device}")
     if out.requires_grad:
         raise ValueError("out must not require grad")
+
+
+def _check_overlap(ema: Tensor, grads: Tensor, out: Tensor) -> None:
+    tensors = {"ema": ema, "grads": grads, "out": out}
+    for name, other in (("grads", "ema"), ("out", "ema"), ("out", "grads")):
+        if _overlap(tensors[name], tensors[other]):
+            raise ValueError(f"{name} must not share memory with {other}")
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -25,12 +25,12 @@ class Slot(NamedTuple):
     start: int  # first column
     numel: int
 
-    def view(self, columns: Tensor) -> Tensor:
-        """This parameter's part of a tensor of shape ``(..., P)``, viewed as ``(..., *shape)``."""
+    def view(self, columns: Tensor, first_column: int = 0) -> Tensor:
+        """This parameter's part of a tensor of columns from ``first_column`` on, viewed as ``(..., *shape)``."""
         return columns.as_strided(
             (*columns.shape[:-1], *self.shape),
             (*columns.stride()[:-1], *self.strides),
-            columns.storage_offset() + self.start,
+            columns.storage_offset() + self.start - first_column,
         )
 
 

@@ -1,0 +1,429 @@
+"""``DBMTL``: dual-balancing multi-task learning for any training loop and optimizer."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbmtl_fused import backends
+from dbmtl_fused._ops import STATE_DTYPES
+from dbmtl_fused.capture import BucketCapture, Capture, GradCapture
+from dbmtl_fused.engine import backward_pass, balanced_loss
+from dbmtl_fused.functional import alpha_arguments, check_finite_float
+from dbmtl_fused.layout import FlatLayout, grad_dtype, named_shared_parameters
+from dbmtl_fused.losses import TaskLosses
+from dbmtl_fused.rows import EmaRows, Step, SumRows
+
+CPU_BUCKET_BYTES = 1 << 20
+"""Default bucket on CPUs: gradients are used while they are in the cache, and malloc reuses the same warm pages."""
+
+
+class DBMTL:
+    """Balances task gradients on shared parameters: log of each loss, then each task's gradient EMA at one norm.
+
+    Algorithm 1 of DB-MTL (Lin et al., Neural Networks 2025, arXiv 2308.12029). With losses ``l_t`` of tasks ``t = 1..T``,
+    shared parameters ``θ`` (``P`` numbers) and step ``k = 1, 2, ...``::
+
+        g_t    = ∇_θ log(l_t + log_eps)
+        m_t    = β_k m_t + (1 - β_k) g_t            β_k = beta / k**beta_sigma, m_t starts at 0
+        n_t    = norm of m_t,   α = max_t n_t
+        θ.grad = Σ_t α / (n_t + eps) m_t
+
+    Parameters that are not shared (heads) get the plain gradient of ``Σ_t log(l_t + log_eps)``. Gradients accumulate into
+    ``.grad`` as in every backward pass.
+
+    Every backward pass runs once per task over the shared graph; BatchNorm and dropout run once, in your forward.
+
+    :param shared: The shared parameters: a Module, ``(name, tensor)`` pairs, or tensors (then named ``"0"``, ``"1"``, ...).
+        Tied ones count once. Those that do not require grad now are left out.
+    :param num_tasks: ``T``; or give
+    :param task_names: the tasks' names, the keys of losses given as a dict (default ``"0"``, ``"1"``, ...).
+    :param beta: EMA coefficient in ``[0, 1)``. 0 keeps no EMA and no ``T x P`` buffer.
+    :param beta_sigma: Decay of the EMA coefficient, >= 0.
+    :param alpha: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` of the norms, a positive number, or None: no magnitude balancing
+        (weights 1).
+    :param log_losses: Whether losses are balanced by their log. With ``alpha=None, beta=0`` only the log is left; without
+        the log too it is equal weighting, the plain sum of losses: both take one backward pass.
+    :param eps: Added to norms, > 0.
+    :param log_eps: Added to losses under the log, > 0.
+    :param state_dtype: dtype of the EMA and of all arithmetic: float32, or float64. None: float64 if any shared parameter is
+        float64, else float32.
+    :param bucket_bytes: None gathers gradients from ``.grad`` after each task's backward pass; ``n`` takes them on their way
+        there, in buckets of at least ``n`` bytes, of which one is alive at a time. ``"auto"``: 1 MiB on CPUs, else None.
+    :param backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``. See ``python -m dbmtl_fused info``.
+    :raises TypeError: If an argument or a shared parameter is of a kind that is not supported.
+    :raises ValueError: If an argument's value is not allowed.
+    :raises RuntimeError: If the requested backend cannot run here.
+
+    Attributes after a step, as fresh device tensors (reading them is what waits for the device): ``norms`` ``(T,)``,
+    ``weights`` ``(T,)``, ``alpha_value`` 0-d. With ``beta=0, alpha=None`` norms are not measured and NaN.
+
+    .. note:: A non-finite gradient entry (or an unusable loss) leaves its EMA entry as it was, turns the whole shared
+        ``.grad`` into NaN, so that a gradient scaler or a guard in your loop sees it, and does not advance ``k``. Finite
+        entries of that step have advanced.
+    """
+
+    def __init__(
+        self,
+        shared: torch.nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        *,
+        num_tasks: int | None = None,
+        task_names: Sequence[str] | None = None,
+        beta: float = 0.9,
+        beta_sigma: float = 0.5,
+        alpha: str | float | None = "max",
+        log_losses: bool = True,
+        eps: float = 1e-8,
+        log_eps: float = 1e-8,
+        state_dtype: torch.dtype | None = None,
+        bucket_bytes: int | str | None = "auto",
+        backend: str = "auto",
+    ) -> None:
+        self.task_names = _task_names(num_tasks, task_names)
+        check_finite_float("beta", beta, low=0.0, below=1.0)
+        check_finite_float("beta_sigma", beta_sigma, low=0.0)
+        check_finite_float("eps", eps, above=0.0)
+        check_finite_float("log_eps", log_eps, above=0.0)
+        self.beta, self.beta_sigma = beta, beta_sigma
+        self.log_eps = log_eps if log_losses else None
+        alpha_mode = alpha_arguments(alpha)
+
+        named = named_shared_parameters(shared)
+        self._left_out = [(name, p) for name, p in named if not p.requires_grad]
+        named = [(name, p) for name, p in named if p.requires_grad]
+        self.layout = FlatLayout(named)
+        self._params = [named[i][1] for i in self.layout.order]
+        self._state_dtype = self._checked_state_dtype(state_dtype)
+        self._bucket_bytes = self._checked_bucket_bytes(bucket_bytes)
+        self.backend = backends.resolve(backend, self.layout.device)
+
+        ops = backends.operators(self.backend)
+        self._rows: EmaRows | SumRows | None
+        if beta > 0:
+            self._rows = EmaRows(self.num_tasks, self.layout, ops, alpha_mode, eps, self._state_dtype)
+        elif alpha is not None:
+            self._rows = SumRows(self.layout, ops, alpha_mode, eps, self._state_dtype)
+        else:
+            self._rows = None  # a plain sum: one ordinary backward pass
+        self._step = torch.zeros((), dtype=torch.int64, device=self.layout.device)
+        self._all_shared_graphs = False
+        self._checked_ddp = False
+        self.reset()
+
+    @property
+    def num_tasks(self) -> int:
+        """``T``."""
+        return len(self.task_names)
+
+    @property
+    def step(self) -> Tensor:
+        """Steps taken so far, 0-d int64 on the device; a copy."""
+        return self._step.clone()
+
+    @property
+    def ema(self) -> dict[str, Tensor]:
+        """EMA of the task gradients by parameter name, as ``(T, *shape)`` views of the buffer; empty if ``beta=0``."""
+        if not isinstance(self._rows, EmaRows):
+            return {}
+        return {slot.name: slot.view(self._rows.buffer) for slot in self.layout.slots}
+
+    def reset(self) -> None:
+        """Forget everything: EMA at 0, ``k`` at 0."""
+        self._step.zero_()
+        if isinstance(self._rows, EmaRows):
+            self._rows.buffer.zero_()
+        self._reached = [False] * len(self._params)  # by any task, ever
+        self._failure: str | None = None
+        unmeasured = torch.full((self.num_tasks,), torch.nan, dtype=self._state_dtype, device=self.layout.device)
+        self.norms, self.weights, self.alpha_value = unmeasured, unmeasured.clone(), unmeasured[0].clone()
+
+    def backward(
+        self,
+        losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
+        *,
+        overwrite: bool = False,
+        retain_graph: bool = False,
+    ) -> None:
+        """Run the ``T`` backward passes of ``losses``, take a step of the EMA and accumulate gradients into ``.grad``.
+
+        The graph of each task is freed as soon as no later task needs it.
+
+        :param losses: One loss per task: a sequence in task order, a dict by task name, or a tensor of shape ``(T,)``.
+        :param overwrite: Replace the shared parameters' ``.grad`` instead of adding to it.
+        :param retain_graph: Keep the graphs for further backward passes.
+        :raises TypeError, ValueError: If ``losses`` do not fit; nothing has changed then.
+        :raises RuntimeError: If the balancer cannot be used (stale, DDP, an earlier failure), or a task's backward pass fails
+            or reaches no shared parameter. In the last two cases shared ``.grad`` is unchanged and ``reset()`` or
+            ``load_state_dict()`` must follow.
+        """
+        self._check_usable()
+        task_losses = TaskLosses(losses, self.task_names, self.log_eps, self.layout.device)
+        one = torch.ones_like(task_losses.values[0])
+        if self._rows is None:
+            self._plain_backward(task_losses, one, overwrite, retain_graph)
+        else:
+            self._accumulate(self.balanced_grads(task_losses, one, retain_graph=retain_graph), overwrite)
+
+    def __call__(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> Tensor:
+        """A loss for loops that call ``loss.backward()`` themselves: ``Σ_t log(l_t + log_eps)``, 0-d.
+
+        Its backward pass runs the ``T`` backward passes and returns the balanced shared gradients to autograd; scaling the
+        loss scales them and the heads' gradients, not the EMA. Heads are reached by ``loss.backward()`` only, not by
+        ``backward(inputs=...)`` or ``autograd.grad``. Under ``no_grad`` it is just the value.
+
+        :param losses: As in :meth:`backward`.
+        :raises RuntimeError: In backward: with ``create_graph=True``, and when run a second time.
+        """
+        if not torch.is_grad_enabled():
+            return TaskLosses(losses, self.task_names, self.log_eps, self.layout.device, need_graph=False).value()
+        self._check_usable()
+        task_losses = TaskLosses(losses, self.task_names, self.log_eps, self.layout.device)
+        if self._rows is None:
+            value = task_losses.differentiable_value()
+            value.register_hook(lambda _: self._end_plain_step())
+            return value
+        return balanced_loss(self.balanced_grads, task_losses, self._params)
+
+    @torch.no_grad()
+    def balanced_grads(
+        self, losses: TaskLosses, scale: Tensor, *, retain_graph: bool, inputs: Sequence[Tensor] | None = None
+    ) -> list[Tensor | None]:
+        """Run the ``T`` backward passes and a step of the EMA.
+
+        :param scale: Factor on all gradients that come out, not on those that go into the EMA, 0-d.
+        :param retain_graph: Keep the graphs.
+        :param inputs: The only leaves to reach; None: all.
+        :returns: The balanced gradient of each shared parameter, in the layout's order; None where none is to be assigned:
+            frozen parameters and those that no task has ever reached.
+        """
+        rows = self._rows
+        assert rows is not None, "a plain sum has no balanced gradients"
+        found_inf = losses.unusable().any().to(torch.float32)
+        step = Step(self.num_tasks, self._beta_k(), scale, found_inf)
+        keep = [retain_graph or shared for shared in self._shared_graphs(losses)]
+        self._task = 0
+        try:
+            rows.begin(step)
+            with self._capture() as capture:
+                for task, (root, seed) in enumerate(zip(losses.roots, losses.seeds(scale), strict=True)):
+                    self._task = task
+                    backward_pass(root, seed, retain_graph=keep[task], inputs=inputs)
+                    with self._no_autocast():
+                        reached = capture.finish_task()
+                        self._note_reached(task, reached)
+                        rows.end_task(task)
+            with self._no_autocast():
+                flats = rows.finish()
+        except BaseException as error:
+            name = self.task_names[self._task]
+            self._failure = f"the backward pass of task {name!r} failed ({type(error).__name__}: {error})"
+            raise
+        self._step += found_inf == 0
+        self.norms, self.weights, self.alpha_value = step.norms, step.weights, step.alpha_value
+        return self._views(flats)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to continue bit for bit, by parameter name and in logical order.
+
+        ``{"ema": {name: (T, *shape)}, "step": int64, "reached": [name, ...], "task_names": [name, ...]}``. As in an optimizer's
+        state, ``ema`` holds views of the live buffer.
+        """
+        names = (slot.name for slot in self.layout.slots)
+        return {
+            "ema": self.ema,
+            "step": self.step,
+            "reached": [name for name, reached in zip(names, self._reached, strict=True) if reached],
+            "task_names": list(self.task_names),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a ``state_dict``, from whatever device, dtype and memory format.
+
+        :raises ValueError: If it is of other tasks or parameters; the message names what differs, and nothing has changed.
+        """
+        missing = [key for key in ("ema", "step", "reached", "task_names") if key not in state_dict]
+        if missing:
+            raise ValueError(f"state_dict must have the keys ema, step, reached, task_names; missing {missing}")
+        if list(state_dict["task_names"]) != self.task_names:
+            raise ValueError(f"state_dict is of the tasks {list(state_dict['task_names'])}, the balancer of {self.task_names}")
+        ema, loaded = self.ema, state_dict["ema"]
+        if differences := _differences(ema, loaded):
+            raise ValueError("state_dict does not fit the shared parameters: " + "; ".join(differences))
+        for name, view in ema.items():
+            view.copy_(loaded[name])
+        self._step.copy_(torch.as_tensor(state_dict["step"]))
+        reached = set(state_dict["reached"])
+        self._reached = [slot.name in reached for slot in self.layout.slots]
+        self._failure = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DBMTL:
+        if not all(id(p) in memo for p in self._params):
+            raise RuntimeError(
+                "a DBMTL balancer cannot be deep-copied without its model: the copy would balance parameters of no model; "
+                "copy both at once, copy.deepcopy((model, balancer)), or build a new one and load_state_dict()"
+            )
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return copied
+
+    def _checked_state_dtype(self, state_dtype: torch.dtype | None) -> torch.dtype:
+        if state_dtype is None:
+            return self.layout.state_dtype
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype must be None or one of {STATE_DTYPES}, got {state_dtype}")
+        return state_dtype
+
+    def _checked_bucket_bytes(self, bucket_bytes: int | str | None) -> int | None:
+        if bucket_bytes == "auto":
+            return CPU_BUCKET_BYTES if self.layout.device.type == "cpu" else None
+        if bucket_bytes is not None and (not isinstance(bucket_bytes, int) or bucket_bytes <= 0):
+            raise ValueError(f'bucket_bytes must be "auto", None or a positive integer, got {bucket_bytes!r}')
+        return bucket_bytes
+
+    def _check_usable(self) -> None:
+        """Raise if a step now would be wrong, before anything has changed."""
+        if self._failure:
+            raise RuntimeError(
+                f"the balancer's state is incomplete: {self._failure}; call reset() or load_state_dict() before the next step"
+            )
+        for slot, p in zip(self.layout.slots, self._params, strict=True):
+            if p._post_accumulate_grad_hooks:
+                raise RuntimeError(
+                    f"shared parameter {slot.name!r} has a post-accumulate-grad hook (an optimizer in the backward pass?), "
+                    "which would see the gradients of single tasks; remove it"
+                )
+            now, built = (p.device, grad_dtype(p), p.shape), (self.layout.device, slot.dtype, slot.shape)
+            if now != built:
+                raise RuntimeError(
+                    f"the balancer is stale: shared parameter {slot.name!r} was {_describe(*built)} when it was built and is "
+                    f"{_describe(*now)} now; build it after moving or converting the model"
+                )
+        for name, p in self._left_out:
+            if p.requires_grad:
+                raise RuntimeError(
+                    f"the balancer is stale: shared parameter {name!r} was frozen when it was built and requires grad now; "
+                    "build it anew, or unfreeze before building"
+                )
+        if not self._checked_ddp and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._check_no_ddp()
+            self._checked_ddp = True
+
+    def _check_no_ddp(self) -> None:
+        mine = {id(p) for p in self._params}
+        for module in gc.get_objects():
+            if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+                for name, p in module.module.named_parameters():
+                    if id(p) in mine:
+                        raise RuntimeError(
+                            f"shared parameter {name!r} belongs to a DistributedDataParallel module: several backward passes "
+                            "over one DDP forward desynchronise the ranks; use the module without DDP"
+                        )
+
+    def _beta_k(self) -> Tensor:
+        return (self.beta / (self._step + 1).double().pow(self.beta_sigma)).to(self._state_dtype)
+
+    def _shared_graphs(self, losses: TaskLosses) -> list[bool]:
+        """Which tasks' graphs must outlive their backward pass.
+
+        Where all tasks but the last shared theirs once, the walk over the graph is not repeated: keeping a graph needlessly
+        costs memory until the losses die, no more.
+        """
+        if not self._all_shared_graphs:
+            shared = losses.shared_with_later()
+            self._all_shared_graphs = all(shared[:-1])
+            return shared
+        return [True] * (self.num_tasks - 1) + [False]
+
+    def _capture(self) -> Capture:
+        if self._bucket_bytes is None:
+            return GradCapture(self.layout, self._params, self._sink)
+        return BucketCapture(self.layout, self._params, self._sink, self._bucket_bytes)
+
+    def _sink(self, slots: Sequence[int], grads: Sequence[Tensor | None], accumulate: bool) -> None:
+        assert self._rows is not None
+        with self._no_autocast():  # hooks run inside the backward pass, under whatever the user has on
+            self._rows.update(self._task, slots, grads, accumulate)
+
+    def _no_autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.layout.device.type, enabled=False)
+
+    def _note_reached(self, task: int, reached: set[int]) -> None:
+        if not reached:
+            raise RuntimeError(
+                f"the loss of task {self.task_names[task]!r} reaches no shared parameter; if it should, the balancer is stale "
+                "(was it built before parameters were replaced, by fully_shard, weight_norm or to_empty?)"
+            )
+        for i in reached:
+            self._reached[i] = True
+
+    def _views(self, flats: Sequence[Tensor]) -> list[Tensor | None]:
+        groups = {group.dtype: (flat, group.start) for flat, group in zip(flats, self.layout.groups, strict=True)}
+        assigned = [reached and p.requires_grad for reached, p in zip(self._reached, self._params, strict=True)]
+        return [
+            slot.view(*groups[slot.dtype]) if wanted else None
+            for slot, wanted in zip(self.layout.slots, assigned, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _accumulate(self, grads: Sequence[Tensor | None], overwrite: bool) -> None:
+        """What autograd does at leaves: take the gradient where there is none, else add."""
+        existing, added = [], []
+        for p, grad in zip(self._params, grads, strict=True):
+            if grad is None:
+                continue
+            if p.grad is None or overwrite:
+                p.grad = grad
+            else:
+                existing.append(p.grad)
+                added.append(grad)
+        if existing:
+            torch._foreach_add_(existing, added)
+
+    def _plain_backward(self, losses: TaskLosses, scale: Tensor, overwrite: bool, retain_graph: bool) -> None:
+        """Equal weighting, of losses or of their logs: one ordinary backward pass over the sum."""
+        if overwrite:
+            for p in self._params:
+                p.grad = None
+        backward_pass(losses.roots, losses.seeds(scale), retain_graph=retain_graph)
+        self._end_plain_step()
+
+    def _end_plain_step(self) -> None:
+        self._step += 1
+        self.weights = torch.ones_like(self.weights)
+
+
+def _task_names(num_tasks: int | None, task_names: Sequence[str] | None) -> list[str]:
+    if task_names is None:
+        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
+            raise ValueError(f"num_tasks must be a positive integer (or give task_names), got {num_tasks!r}")
+        return [str(task) for task in range(num_tasks)]
+    names = list(task_names)
+    if isinstance(task_names, str) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"task_names must be a non-empty sequence of strings, got {task_names!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"task_names must be unique, got {names}")
+    if num_tasks is not None and num_tasks != len(names):
+        raise ValueError(f"num_tasks must be the number of task_names, {len(names)}, or be left out, got {num_tasks}")
+    return names
+
+
+def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{tuple(shape)} {dtype} on {device}"
+
+
+def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``found`` from being loaded where ``expected`` is, in words."""
+    differences = [f"missing {name!r}" for name in expected if name not in found]
+    differences += [f"unexpected {name!r}" for name in found if name not in expected]
+    for name in expected:
+        if name in found and found[name].shape != expected[name].shape:
+            differences.append(f"{name!r} has shape {tuple(found[name].shape)}, not {tuple(expected[name].shape)}")
+    return differences

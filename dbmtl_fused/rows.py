@@ -1,0 +1,147 @@
+"""Where the task gradients of a step go, row by row: the EMA buffer, or without an EMA a running sum.
+
+Both are used the same way: ``begin`` a step, take a task's gradients with ``update``, ``end_task``, and ``finish`` with one
+flat gradient per ``.grad`` dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dbmtl_fused.backends import Operators
+from dbmtl_fused.layout import FlatLayout
+
+
+class Step:
+    """The small tensors of one step, fresh each step, so that what users keep stays what it was.
+
+    ``norms``, ``weights`` ``(T,)``, ``alpha_value`` 0-d: results. ``sq_norms`` ``(T,)``, ``found_inf``, ``scale``,
+    ``inv_scale``, ``beta`` 0-d: see ``_ops``.
+    """
+
+    def __init__(self, T: int, beta: Tensor, scale: Tensor, found_inf: Tensor) -> None:
+        self.beta, self.found_inf = beta, found_inf
+        self.scale = scale.to(beta.dtype)
+        self.inv_scale = self.scale.reciprocal()
+        self.sq_norms, self.norms, self.weights = beta.new_empty(T), beta.new_empty(T), beta.new_empty(T)
+        self.alpha_value = torch.empty_like(beta)
+
+
+class _Rows:
+    """What both kinds share: the operators' constant arguments and the per-row workspace."""
+
+    def __init__(
+        self, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
+    ) -> None:
+        self._layout, self._ops, self._alpha, self._eps = layout, ops, alpha, eps
+        self._dtype = state_dtype
+        self._partials = self._zeros(layout.num_chunks)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self._dtype, device=self._layout.device)
+
+    def _row(self, task: int) -> Tensor:
+        raise NotImplementedError
+
+    def begin(self, step: Step) -> None:
+        self._step = step
+
+    def update(self, task: int, slots: Sequence[int], grads: Sequence[Tensor | None], accumulate: bool) -> None:
+        """Take gradients of ``task``; see ``ema_update_``."""
+        step = self._step
+        self._ops.ema_update_(
+            self._row(task),
+            grads,
+            slots,
+            self._layout.segments,
+            step.beta,
+            step.inv_scale,
+            self._partials,
+            step.sq_norms[task],
+            step.found_inf,
+            accumulate,
+        )
+
+    def _combine(
+        self, rows: Tensor, out: Tensor, tasks: slice, alpha: tuple[str, float], scale: Tensor, accumulate: bool = False
+    ) -> None:
+        step = self._step
+        self._ops.combine(
+            rows,
+            step.sq_norms[tasks],
+            step.found_inf,
+            scale,
+            *alpha,
+            self._eps,
+            accumulate,
+            out,
+            step.norms[tasks],
+            step.weights[tasks],
+            step.alpha_value,
+        )
+
+
+class EmaRows(_Rows):
+    """The ``T x P`` EMA buffer, the only big state: ``(4T + 1) P`` numbers of traffic a step.
+
+    ``buffer`` has shape ``(T, P)``.
+    """
+
+    def __init__(
+        self, T: int, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
+    ) -> None:
+        super().__init__(layout, ops, alpha, eps, state_dtype)
+        self.buffer = self._zeros(T, layout.P)
+
+    def _row(self, task: int) -> Tensor:
+        return self.buffer[task]
+
+    def end_task(self, task: int) -> None:
+        """Nothing to do: the row stays in the buffer until ``finish``."""
+
+    def finish(self) -> list[Tensor]:
+        """The balanced gradient, one flat tensor per group of the layout."""
+        outs = []
+        for dtype, start, stop in self._layout.groups:
+            outs.append(torch.empty(stop - start, dtype=dtype, device=self._layout.device))
+            self._combine(self.buffer[:, start:stop], outs[-1], slice(None), self._alpha, self._step.scale)
+        return outs
+
+
+class SumRows(_Rows):
+    """Without an EMA no row is needed twice: ``alpha * sum_t g_t / (n_t + eps)`` in two vectors of ``P`` numbers.
+
+    Each task's gradient is gathered into the one scratch row, then added to the sum with weight ``1 / (n_t + eps)``; ``alpha``
+    comes in at the end.
+    """
+
+    def __init__(
+        self, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
+    ) -> None:
+        super().__init__(layout, ops, alpha, eps, state_dtype)
+        self._scratch = self._zeros(layout.P)
+
+    def _row(self, task: int) -> Tensor:
+        return self._scratch
+
+    def begin(self, step: Step) -> None:
+        super().begin(step)
+        self._sum = torch.empty_like(self._scratch)
+
+    def end_task(self, task: int) -> None:
+        """Add the finished row to the sum."""
+        one = torch.ones_like(self._step.scale)
+        tasks = slice(task, task + 1)
+        self._combine(self._scratch[None], self._sum, tasks, ("constant", 1.0), one, accumulate=task > 0)
+
+    def finish(self) -> list[Tensor]:
+        """The balanced gradient, one flat tensor per group of the layout."""
+        step = self._step
+        empty = self._scratch[:0]
+        self._combine(empty.expand(len(step.norms), 0), empty, slice(None), self._alpha, step.scale)
+        total = self._sum.mul_(step.alpha_value * step.scale)
+        del self._sum
+        return [total[start:stop].to(dtype) for dtype, start, stop in self._layout.groups]
