@@ -1,23 +1,24 @@
 """The operators of ``dbmtl_fused``: each schema once, its fake (meta) implementation right below it.
 
-Every operator has one overload per backend (``torch.ops.dbmtl_fused.combine.cpu``), so that two backends can be compared
-in one process. Implementations are registered elsewhere: ``reference`` in :mod:`dbmtl_fused.reference`, ``cpu`` and
-``cuda`` by the native module, ``triton`` in ``dbmtl_fused.triton_kernels``.
+Every operator has one overload per backend (``torch.ops.dbmtl_fused.combine.cpu``), so that two backends can be
+compared in one process. Implementations are registered elsewhere: ``reference`` in :mod:`dbmtl_fused.reference`,
+``cpu`` and ``cuda`` by the native module, ``triton`` in ``dbmtl_fused.triton_kernels``.
 
 Shared conventions:
 
 * ``T`` tasks, ``P`` columns. A matrix may have any row stride; its columns are adjacent.
-* State (``ema``, ``row``) is float32, or float64; ``beta``, ``scale``, ``norms``, ``weights``, ... have the state's dtype
-  and live on its device, so that no step ever waits for the host.
+* State (``ema``, ``row``) is float32, or float64; ``beta``, ``scale``, ``norms``, ``weights``, ... have the state's
+  dtype and live on its device, so that no step ever waits for the host.
 * Gradients and ``out`` may be float32, bfloat16, float16 or float64, whatever the state.
-* ``found_inf`` (0-d float32, as in ``torch.amp``) is read and written: an EMA entry whose update is not finite stays as it
-  was and sets it to 1; once it is set, ``weights`` and with them ``out`` are NaN.
+* ``found_inf`` (0-d float32, as in ``torch.amp``) is read and written: an EMA entry whose update is not finite stays
+  as it was and sets it to 1; once it is set, ``weights`` and with them ``out`` are NaN.
 * No operator returns what it mutates; ``P = 0`` is legal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def _define(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 def _check_vectors(T: int, **vectors: Tensor) -> None:
     for name, vector in vectors.items():
-        torch._check(vector.shape == (T,), lambda: f"{name} must have shape ({T},), got {tuple(vector.shape)}")
+        message = f"{name} must have shape ({T},), got {tuple(vector.shape)}"
+        torch._check(vector.shape == (T,), partial(str, message))
 
 
 @_define(
@@ -161,7 +163,8 @@ def _balance_fake(
     The rest as in ``ema_update_`` and ``combine``.
     """
     torch._check(
-        ema.shape == grads.shape, lambda: f"ema {tuple(ema.shape)} and grads {tuple(grads.shape)} must have the same shape"
+        ema.shape == grads.shape,
+        lambda: f"ema {tuple(ema.shape)} and grads {tuple(grads.shape)} must have the same shape",
     )
     T, P = ema.shape
     torch._check(out.shape == (P,), lambda: f"out must have shape ({P},), got {tuple(out.shape)}")

@@ -27,36 +27,38 @@ CPU_BUCKET_BYTES = 1 << 20
 class DBMTL:
     """Balances task gradients on shared parameters: log of each loss, then each task's gradient EMA at one norm.
 
-    Algorithm 1 of DB-MTL (Lin et al., Neural Networks 2025, arXiv 2308.12029). With losses ``l_t`` of tasks ``t = 1..T``,
-    shared parameters ``θ`` (``P`` numbers) and step ``k = 1, 2, ...``::
+    Algorithm 1 of DB-MTL (Lin et al., Neural Networks 2025, arXiv 2308.12029). With losses ``l_t`` of tasks ``t =
+    1..T``, shared parameters ``θ`` (``P`` numbers) and step ``k = 1, 2, ...``::
 
         g_t    = ∇_θ log(l_t + log_eps)
         m_t    = β_k m_t + (1 - β_k) g_t            β_k = beta / k**beta_sigma, m_t starts at 0
         n_t    = norm of m_t,   α = max_t n_t
         θ.grad = Σ_t α / (n_t + eps) m_t
 
-    Parameters that are not shared (heads) get the plain gradient of ``Σ_t log(l_t + log_eps)``. Gradients accumulate into
-    ``.grad`` as in every backward pass.
+    Parameters that are not shared (heads) get the plain gradient of ``Σ_t log(l_t + log_eps)``. Gradients accumulate
+    into ``.grad`` as in every backward pass.
 
     Every backward pass runs once per task over the shared graph; BatchNorm and dropout run once, in your forward.
 
-    :param shared: The shared parameters: a Module, ``(name, tensor)`` pairs, or tensors (then named ``"0"``, ``"1"``, ...).
-        Tied ones count once. Those that do not require grad now are left out.
+    :param shared: The shared parameters: a Module, ``(name, tensor)`` pairs, or tensors (then named ``"0"``, ``"1"``,
+        ...). Tied ones count once. Those that do not require grad now are left out.
     :param num_tasks: ``T``; or give
     :param task_names: the tasks' names, the keys of losses given as a dict (default ``"0"``, ``"1"``, ...).
     :param beta: EMA coefficient in ``[0, 1)``. 0 keeps no EMA and no ``T x P`` buffer.
     :param beta_sigma: Decay of the EMA coefficient, >= 0.
-    :param alpha: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` of the norms, a positive number, or None: no magnitude balancing
-        (weights 1).
-    :param log_losses: Whether losses are balanced by their log. With ``alpha=None, beta=0`` only the log is left; without
-        the log too it is equal weighting, the plain sum of losses: both take one backward pass.
+    :param alpha: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` of the norms, a positive number, or None: no magnitude
+        balancing (weights 1).
+    :param log_losses: Whether losses are balanced by their log. With ``alpha=None, beta=0`` only the log is left;
+        without the log too it is equal weighting, the plain sum of losses: both take one backward pass.
     :param eps: Added to norms, > 0.
     :param log_eps: Added to losses under the log, > 0.
-    :param state_dtype: dtype of the EMA and of all arithmetic: float32, or float64. None: float64 if any shared parameter is
-        float64, else float32.
-    :param bucket_bytes: None gathers gradients from ``.grad`` after each task's backward pass; ``n`` takes them on their way
-        there, in buckets of at least ``n`` bytes, of which one is alive at a time. ``"auto"``: 1 MiB on CPUs, else None.
-    :param backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``. See ``python -m dbmtl_fused info``.
+    :param state_dtype: dtype of the EMA and of all arithmetic: float32, or float64. None: float64 if any shared
+        parameter is float64, else float32.
+    :param bucket_bytes: None gathers gradients from ``.grad`` after each task's backward pass; ``n`` takes them on
+        their way there, in buckets of at least ``n`` bytes, of which one is alive at a time. ``"auto"``: 1 MiB on
+        CPUs, else None.
+    :param backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``. See ``python -m dbmtl_fused
+        info``.
     :raises TypeError: If an argument or a shared parameter is of a kind that is not supported.
     :raises ValueError: If an argument's value is not allowed.
     :raises RuntimeError: If the requested backend cannot run here.
@@ -65,8 +67,8 @@ class DBMTL:
     ``weights`` ``(T,)``, ``alpha_value`` 0-d. With ``beta=0, alpha=None`` norms are not measured and NaN.
 
     .. note:: A non-finite gradient entry (or an unusable loss) leaves its EMA entry as it was, turns the whole shared
-        ``.grad`` into NaN, so that a gradient scaler or a guard in your loop sees it, and does not advance ``k``. Finite
-        entries of that step have advanced.
+        ``.grad`` into NaN, so that a gradient scaler or a guard in your loop sees it, and does not advance ``k``.
+        Finite entries of that step have advanced.
     """
 
     def __init__(
@@ -158,9 +160,9 @@ class DBMTL:
         :param overwrite: Replace the shared parameters' ``.grad`` instead of adding to it.
         :param retain_graph: Keep the graphs for further backward passes.
         :raises TypeError, ValueError: If ``losses`` do not fit; nothing has changed then.
-        :raises RuntimeError: If the balancer cannot be used (stale, DDP, an earlier failure), or a task's backward pass fails
-            or reaches no shared parameter. In the last two cases shared ``.grad`` is unchanged and ``reset()`` or
-            ``load_state_dict()`` must follow.
+        :raises RuntimeError: If the balancer cannot be used (stale, DDP, an earlier failure), or a task's backward
+            pass fails or reaches no shared parameter. In the last two cases shared ``.grad`` is unchanged and
+            ``reset()`` or ``load_state_dict()`` must follow.
         """
         self._check_usable()
         task_losses = TaskLosses(losses, self.task_names, self.log_eps, self.layout.device)
@@ -173,9 +175,9 @@ class DBMTL:
     def __call__(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> Tensor:
         """A loss for loops that call ``loss.backward()`` themselves: ``Σ_t log(l_t + log_eps)``, 0-d.
 
-        Its backward pass runs the ``T`` backward passes and returns the balanced shared gradients to autograd; scaling the
-        loss scales them and the heads' gradients, not the EMA. Heads are reached by ``loss.backward()`` only, not by
-        ``backward(inputs=...)`` or ``autograd.grad``. Under ``no_grad`` it is just the value.
+        Its backward pass runs the ``T`` backward passes and returns the balanced shared gradients to autograd; scaling
+        the loss scales them and the heads' gradients, not the EMA. Heads are reached by ``loss.backward()`` only, not
+        by ``backward(inputs=...)`` or ``autograd.grad``. Under ``no_grad`` it is just the value.
 
         :param losses: As in :meth:`backward`.
         :raises RuntimeError: In backward: with ``create_graph=True``, and when run a second time.
@@ -199,8 +201,8 @@ class DBMTL:
         :param scale: Factor on all gradients that come out, not on those that go into the EMA, 0-d.
         :param retain_graph: Keep the graphs.
         :param inputs: The only leaves to reach; None: all.
-        :returns: The balanced gradient of each shared parameter, in the layout's order; None where none is to be assigned:
-            frozen parameters and those that no task has ever reached.
+        :returns: The balanced gradient of each shared parameter, in the layout's order; None where none is to be
+            assigned: frozen parameters and those that no task has ever reached.
         """
         rows = self._rows
         assert rows is not None, "a plain sum has no balanced gradients"
@@ -231,8 +233,8 @@ class DBMTL:
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to continue bit for bit, by parameter name and in logical order.
 
-        ``{"ema": {name: (T, *shape)}, "step": int64, "reached": [name, ...], "task_names": [name, ...]}``. As in an optimizer's
-        state, ``ema`` holds views of the live buffer.
+        ``{"ema": {name: (T, *shape)}, "step": int64, "reached": [name, ...], "task_names": [name, ...]}``. As in an
+        optimizer's state, ``ema`` holds views of the live buffer.
         """
         names = (slot.name for slot in self.layout.slots)
         return {
@@ -246,13 +248,16 @@ class DBMTL:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a ``state_dict``, from whatever device, dtype and memory format.
 
-        :raises ValueError: If it is of other tasks or parameters; the message names what differs, and nothing has changed.
+        :raises ValueError: If it is of other tasks or parameters; the message names what differs, and nothing has
+            changed.
         """
         missing = [key for key in ("ema", "step", "reached", "task_names") if key not in state_dict]
         if missing:
             raise ValueError(f"state_dict must have the keys ema, step, reached, task_names; missing {missing}")
         if list(state_dict["task_names"]) != self.task_names:
-            raise ValueError(f"state_dict is of the tasks {list(state_dict['task_names'])}, the balancer of {self.task_names}")
+            raise ValueError(
+                f"state_dict is of the tasks {list(state_dict['task_names'])}, the balancer of {self.task_names}"
+            )
         ema, loaded = self.ema, state_dict["ema"]
         if differences := _differences(ema, loaded):
             raise ValueError("state_dict does not fit the shared parameters: " + "; ".join(differences))
@@ -266,8 +271,8 @@ class DBMTL:
     def __deepcopy__(self, memo: dict[int, Any]) -> DBMTL:
         if not all(id(p) in memo for p in self._params):
             raise RuntimeError(
-                "a DBMTL balancer cannot be deep-copied without its model: the copy would balance parameters of no model; "
-                "copy both at once, copy.deepcopy((model, balancer)), or build a new one and load_state_dict()"
+                "a DBMTL balancer cannot be deep-copied without its model: the copy would balance parameters of no "
+                "model; copy both at once, copy.deepcopy((model, balancer)), or build a new one and load_state_dict()"
             )
         copied = object.__new__(type(self))
         memo[id(self)] = copied
@@ -292,25 +297,26 @@ class DBMTL:
         """Raise if a step now would be wrong, before anything has changed."""
         if self._failure:
             raise RuntimeError(
-                f"the balancer's state is incomplete: {self._failure}; call reset() or load_state_dict() before the next step"
+                f"the balancer's state is incomplete: {self._failure}; call reset() or load_state_dict() before the "
+                "next step"
             )
         for slot, p in zip(self.layout.slots, self._params, strict=True):
             if p._post_accumulate_grad_hooks:
                 raise RuntimeError(
-                    f"shared parameter {slot.name!r} has a post-accumulate-grad hook (an optimizer in the backward pass?), "
-                    "which would see the gradients of single tasks; remove it"
+                    f"shared parameter {slot.name!r} has a post-accumulate-grad hook (an optimizer in the backward "
+                    "pass?), which would see the gradients of single tasks; remove it"
                 )
             now, built = (p.device, grad_dtype(p), p.shape), (self.layout.device, slot.dtype, slot.shape)
             if now != built:
                 raise RuntimeError(
-                    f"the balancer is stale: shared parameter {slot.name!r} was {_describe(*built)} when it was built and is "
-                    f"{_describe(*now)} now; build it after moving or converting the model"
+                    f"the balancer is stale: shared parameter {slot.name!r} was {_describe(*built)} when it was built "
+                    f"and is {_describe(*now)} now; build it after moving or converting the model"
                 )
         for name, p in self._left_out:
             if p.requires_grad:
                 raise RuntimeError(
-                    f"the balancer is stale: shared parameter {name!r} was frozen when it was built and requires grad now; "
-                    "build it anew, or unfreeze before building"
+                    f"the balancer is stale: shared parameter {name!r} was frozen when it was built and requires grad "
+                    "now; build it anew, or unfreeze before building"
                 )
         if not self._checked_ddp and torch.distributed.is_available() and torch.distributed.is_initialized():
             self._check_no_ddp()
@@ -323,8 +329,8 @@ class DBMTL:
                 for name, p in module.module.named_parameters():
                     if id(p) in mine:
                         raise RuntimeError(
-                            f"shared parameter {name!r} belongs to a DistributedDataParallel module: several backward passes "
-                            "over one DDP forward desynchronise the ranks; use the module without DDP"
+                            f"shared parameter {name!r} belongs to a DistributedDataParallel module: several backward "
+                            "passes over one DDP forward desynchronise the ranks; use the module without DDP"
                         )
 
     def _beta_k(self) -> Tensor:
@@ -333,8 +339,8 @@ class DBMTL:
     def _shared_graphs(self, losses: TaskLosses) -> list[bool]:
         """Which tasks' graphs must outlive their backward pass.
 
-        Where all tasks but the last shared theirs once, the walk over the graph is not repeated: keeping a graph needlessly
-        costs memory until the losses die, no more.
+        Where all tasks but the last shared theirs once, the walk over the graph is not repeated: keeping a graph
+        needlessly costs memory until the losses die, no more.
         """
         if not self._all_shared_graphs:
             shared = losses.shared_with_later()
@@ -358,8 +364,8 @@ class DBMTL:
     def _note_reached(self, task: int, reached: set[int]) -> None:
         if not reached:
             raise RuntimeError(
-                f"the loss of task {self.task_names[task]!r} reaches no shared parameter; if it should, the balancer is stale "
-                "(was it built before parameters were replaced, by fully_shard, weight_norm or to_empty?)"
+                f"the loss of task {self.task_names[task]!r} reaches no shared parameter; if it should, the balancer "
+                "is stale (was it built before parameters were replaced, by fully_shard, weight_norm or to_empty?)"
             )
         for i in reached:
             self._reached[i] = True

@@ -1,8 +1,8 @@
 """Getting one task's shared gradients out of a backward pass without touching what is in ``.grad``.
 
-Both captures are context managers around the ``T`` backward passes of a step and hand gradients to a ``sink``. Within one
-task, a slot reaches the sink once with ``accumulate=False`` (a gradient, or None if the task did not reach it) and, should
-autograd deliver a leaf's gradient in parts, again with ``accumulate=True``.
+Both captures are context managers around the ``T`` backward passes of a step and hand gradients to a ``sink``. Within
+one task, a slot reaches the sink once with ``accumulate=False`` (a gradient, or None if the task did not reach it)
+and, should autograd deliver a leaf's gradient in parts, again with ``accumulate=True``.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class GradCapture:
 class BucketCapture:
     """Takes gradients on their way into ``.grad``, bucket by bucket: at most one bucket of them is alive.
 
-    A prehook on each leaf's AccumulateGrad node returns None in the gradient's place, so that ``.grad`` stays as it is. The
-    hooks live as long as the context.
+    A prehook on each leaf's AccumulateGrad node returns None in the gradient's place, so that ``.grad`` stays as it
+    is. The hooks live as long as the context.
 
     :param bucket_bytes: The sink is called as soon as this many bytes of gradients are pending.
     """

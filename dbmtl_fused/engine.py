@@ -11,11 +11,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dbmtl_fused.losses import TaskLosses
 
-Root = Tensor | GradientEdge
-
 
 def backward_pass(
-    roots: Root | Sequence[Root],
+    roots: Tensor | GradientEdge | Sequence[Any],
     seeds: Tensor | Sequence[Tensor],
     *,
     retain_graph: bool,
@@ -28,8 +26,8 @@ def backward_pass(
         if "donated" not in str(error):
             raise
         raise RuntimeError(
-            "a torch.compile'd part of the model gave its buffers away, so that it cannot run one backward pass per task; set "
-            "torch._functorch.config.donated_buffer = False before the model is compiled"
+            "a torch.compile'd part of the model gave its buffers away, so that it cannot run one backward pass per "
+            "task; set torch._functorch.config.donated_buffer = False before the model is compiled"
         ) from error
 
 
@@ -48,9 +46,9 @@ def balanced_loss(balanced_grads: BalancedGrads, losses: TaskLosses, params: Seq
 
 
 class _BalancedLoss(torch.autograd.Function):
-    """The shared parameters are inputs and their gradients are returned, so that whatever else autograd does with gradients
-    (sum them with those of a regulariser, hand them to ``autograd.grad``) works. Heads are not inputs: the tasks' own backward
-    passes accumulate theirs.
+    """The shared parameters are inputs and their gradients are returned, so that whatever else autograd does with
+    gradients (sum them with those of a regulariser, hand them to ``autograd.grad``) works. Heads are not inputs: the
+    tasks' own backward passes accumulate theirs.
     """
 
     @staticmethod
@@ -68,7 +66,8 @@ class _BalancedLoss(torch.autograd.Function):
                 "the balanced loss supports one backward pass, and this is a second one; call balancer(losses) again"
             )
         losses, ctx.losses = ctx.losses, None
-        # The probe is a leaf nobody asks for by name: only a plain backward() reaches it, and only that may touch heads.
+        # The probe is a leaf nobody asks for by name: only a plain backward() reaches it, and only that may touch
+        # heads.
         plain = torch._C._will_engine_execute_node(ctx.probe_node)
         grads = ctx.balanced_grads(
             losses,

@@ -36,13 +36,13 @@ def balance_(
 
     :param ema: EMA of the task gradients, shape ``(T, P)``, float32 or float64, adjacent columns; updated in place.
     :param grads: Task gradients, shape ``(T, P)``, float32, bfloat16, float16 or float64, adjacent columns.
-    :param beta: EMA coefficient of this step in ``[0, 1)``: a number, or a 0-d tensor on the same device that is read by the
-        kernel without a host sync (and whose range is therefore not checked).
+    :param beta: EMA coefficient of this step in ``[0, 1)``: a number, or a 0-d tensor on the same device that is read
+        by the kernel without a host sync (and whose range is therefore not checked).
     :param eps: Added to the norms, > 0.
-    :param alpha: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` of the norms, a positive number, or None for a plain sum
-        (weights 1).
-    :param out: Where to write the sum, shape ``(P,)``, any of the dtypes of ``grads``; by default a new tensor of the dtype
-        of ``grads``.
+    :param alpha: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` of the norms, a positive number, or None for a plain
+        sum (weights 1).
+    :param out: Where to write the sum, shape ``(P,)``, any of the dtypes of ``grads``; by default a new tensor of the
+        dtype of ``grads``.
     :param backend: ``"auto"``, or the one to use: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``.
     :returns: ``out (P,)``, ``norms (T,)``, ``weights (T,)``; the latter two in the dtype of ``ema``.
     :raises TypeError: If an argument has the wrong type or dtype.
@@ -93,12 +93,18 @@ def alpha_arguments(alpha: str | float | None) -> tuple[str, float]:
     raise ValueError(f"alpha must be one of {ALPHA_NAMES}, a positive number or None, got {alpha!r}")
 
 
-def check_finite_float(name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, below: float = math.inf) -> None:
+def check_finite_float(
+    name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, below: float = math.inf
+) -> None:
     """Raise unless ``value`` is a finite number with ``above < value``, ``low <= value`` and ``value < below``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (math.isfinite(value) and above < value and low <= value < below):
-        rules = [f"> {above:g}"] * (above > -math.inf) + [f">= {low:g}"] * (low > -math.inf) + [f"< {below:g}"] * (below < math.inf)
+        rules = (
+            [f"> {above:g}"] * (above > -math.inf)
+            + [f">= {low:g}"] * (low > -math.inf)
+            + [f"< {below:g}"] * (below < math.inf)
+        )
         raise ValueError(f"{name} must be {' and '.join(rules) or 'finite'}, got {value}")
 
 
@@ -123,7 +129,9 @@ def _check_matrix(name: str, matrix: Tensor, dtypes: tuple[torch.dtype, ...]) ->
         raise ValueError(f"{name} must have shape (T, P), got {tuple(matrix.shape)}")
     T, P = matrix.shape
     if (P > 1 and matrix.stride(1) != 1) or (T > 1 and matrix.stride(0) < P):
-        raise ValueError(f"{name} must have adjacent columns and rows that do not overlap, got strides {matrix.stride()}")
+        raise ValueError(
+            f"{name} must have adjacent columns and rows that do not overlap, got strides {matrix.stride()}"
+        )
 
 
 def _check_out(out: Tensor, ema: Tensor) -> None:

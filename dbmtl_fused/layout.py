@@ -46,15 +46,16 @@ class FlatLayout:
     """Where each parameter lives in a row of ``P`` columns.
 
     Parameters keep their own memory order (a ``channels_last`` weight stays ``channels_last``), start at multiples of
-    :data:`ALIGN` columns and are grouped by the dtype of their ``.grad``, in order of first appearance. Padding columns are
-    zero and stay zero.
+    :data:`ALIGN` columns and are grouped by the dtype of their ``.grad``, in order of first appearance. Padding
+    columns are zero and stay zero.
 
     :param named_params: ``(name, parameter)`` pairs: leaves of floating dtype, on one device, each once.
     :raises TypeError: If a parameter is not a strided real floating-point leaf tensor.
     :raises ValueError: If there are none, two share a name, or they are on several devices.
 
     Attributes: ``slots`` in column order, ``groups``, ``P`` (columns, padding included), ``numel`` (without padding),
-    ``num_chunks``, ``device``, ``state_dtype`` (float32, or float64 if any parameter is), ``segments`` (see ``ema_update_``).
+    ``num_chunks``, ``device``, ``state_dtype`` (float32, or float64 if any parameter is), ``segments`` (see
+    ``ema_update_``).
     """
 
     def __init__(self, named_params: Sequence[tuple[str, Tensor]]) -> None:
@@ -151,7 +152,9 @@ def check_params(named_params: Sequence[tuple[str, Tensor]]) -> None:
         if getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter":
             raise TypeError(f"shared parameter {name!r} is an FSDP1 FlatParameter, which is not supported")
         if type(p).__name__ == "DTensor" or hasattr(p, "device_mesh"):
-            raise TypeError(f"shared parameter {name!r} is a DTensor (FSDP2, tensor parallel), which is not supported yet")
+            raise TypeError(
+                f"shared parameter {name!r} is a DTensor (FSDP2, tensor parallel), which is not supported yet"
+            )
         if p.layout is not torch.strided:
             raise TypeError(f"shared parameter {name!r} must be dense, got layout {p.layout}")
         if grad_dtype(p) not in GRAD_DTYPES:
@@ -160,5 +163,6 @@ def check_params(named_params: Sequence[tuple[str, Tensor]]) -> None:
             raise TypeError(f"shared parameter {name!r} must be a leaf tensor, got the result of {p.grad_fn}")
         if p.device != first.device:
             raise ValueError(
-                f"shared parameters must be on one device, got {first_name!r} on {first.device} and {name!r} on {p.device}"
+                f"shared parameters must be on one device, got {first_name!r} on {first.device} "
+                f"and {name!r} on {p.device}"
             )

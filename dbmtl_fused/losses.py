@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ class TaskLosses:
     :param device: Where ``values`` and seeds are computed.
     :param need_graph: Whether backward passes will follow; if not, losses need not require grad.
     :raises TypeError: If ``losses`` is none of these or holds something else than floating-point tensors.
-    :raises ValueError: If the number of losses, a name or a shape does not fit, a loss does not require grad, or (on CPUs,
-        where looking costs nothing) a loss to be logged is negative.
+    :raises ValueError: If the number of losses, a name or a shape does not fit, a loss does not require grad, or (on
+        CPUs, where looking costs nothing) a loss to be logged is negative.
 
     ``values``: detached losses, shape ``(T,)``, float32, or float64 if any loss is.
     """
@@ -73,13 +74,13 @@ class TaskLosses:
         # Backward through ``stack`` would run every head for every task, and hand one task's inf to all as 0 * inf.
         edges = losses.grad_fn.next_functions if losses.grad_fn and losses.grad_fn.name() == "StackBackward0" else ()
         if len(edges) == T:
-            for name, (node, _) in zip(self.task_names, edges, strict=True):
+            for name, (node, index) in zip(self.task_names, edges, strict=True):
                 self._check_requires_grad(name, node is not None)
-            self.roots = [GradientEdge(node, index) for node, index in edges]
+                self.roots.append(GradientEdge(cast(Node, node), index))
             return
         warnings.warn(
-            "losses given as one tensor that is not a plain torch.stack of the task losses: every task's backward runs all "
-            "heads, and a non-finite loss spoils the gradients of all tasks; pass a sequence or a dict of losses",
+            "losses given as one tensor that is not a plain torch.stack of the task losses: every task's backward runs "
+            "all heads, and a non-finite loss spoils the gradients of all tasks; pass a sequence or a dict of losses",
             stacklevel=4,
         )
         self._stacked = losses
@@ -95,7 +96,8 @@ class TaskLosses:
         for name, value in zip(self.task_names, self.values.tolist(), strict=True):
             if value < 0:
                 raise ValueError(
-                    f"loss of task {name!r} must be >= 0 to take its log, got {value}; shift it, or use log_losses=False"
+                    f"loss of task {name!r} must be >= 0 to take its log, got {value}; "
+                    "shift it, or use log_losses=False"
                 )
 
     def value(self) -> Tensor:
@@ -129,7 +131,7 @@ class TaskLosses:
         return unusable if self.log_eps is None else unusable | (self.values < 0)
 
     def shared_with_later(self) -> list[bool]:
-        """Whether a task's graph has a node in common with a later task's, so that its buffers must outlive its backward."""
+        """Whether a task's graph has a node in common with a later task's: its buffers must outlive its backward."""
         seen: set[Node] = set()
         shared = [False] * len(self.roots)
         for task in reversed(range(len(self.roots))):
@@ -142,7 +144,7 @@ class TaskLosses:
                 elif node not in own:
                     own.add(node)
                     # Leaves (no next functions) hold no buffers: sharing a parameter is not sharing a graph.
-                    pending.extend(after for after, _ in node.next_functions if after is not None and after.next_functions)
+                    pending.extend(after for after, _ in node.next_functions if after and after.next_functions)
             seen |= own
         return shared
 
@@ -156,12 +158,13 @@ def _in_task_order(losses: Sequence[Tensor] | Mapping[str, Tensor], task_names: 
         return [losses[name] for name in task_names]
     if not isinstance(losses, Iterable):
         raise TypeError(f"losses must be a sequence, a mapping or a tensor, got {type(losses).__name__}")
-    ordered = list(losses)
+    ordered: list[Tensor] = list(losses)
     if len(ordered) != len(task_names):
-        raise ValueError(f"losses must hold one loss per task, {len(task_names)} ({', '.join(task_names)}), got {len(ordered)}")
+        raise ValueError(
+            f"losses must hold one loss per task, {len(task_names)} ({', '.join(task_names)}), got {len(ordered)}"
+        )
     return ordered
 
 
 def _node(root: Tensor | GradientEdge) -> Node:
     return root.node if isinstance(root, GradientEdge) else torch.autograd.graph.get_gradient_edge(root).node
-

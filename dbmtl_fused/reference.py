@@ -1,8 +1,8 @@
 """The operators in pure torch: the definition of correct, for every device.
 
-Arithmetic is written so that a native backend can match it bit for bit where the order of operations is fixed: products and
-sums are rounded one by one (no fused multiply-add) and rows are added in task order. Only sums of squares may associate
-differently.
+Arithmetic is written so that a native backend can match it bit for bit where the order of operations is fixed:
+products and sums are rounded one by one (no fused multiply-add) and rows are added in task order. Only sums of squares
+may associate differently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _ema_(row: Tensor, grad: Tensor | None, beta: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
+def _ema_(
+    row: Tensor, grad: Tensor | None, beta: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool
+) -> None:
     """EMA of one dense stretch of columns, in place, with the non-finite guard."""
     updated = row.clone() if accumulate else beta * row
     if grad is not None:
@@ -93,7 +95,7 @@ def combine(
     alpha_value.copy_(_alpha(norms, alpha, alpha_constant))
     balanced = torch.ones_like(norms) if alpha == "none" else alpha_value / (norms + eps)
     weights.copy_(balanced.masked_fill(found_inf != 0, torch.nan))
-    total = out.to(ema.dtype) if accumulate else 0
+    total = out.to(ema.dtype) if accumulate else torch.zeros_like(out, dtype=ema.dtype)
     for weight, row in zip(scale * weights, ema, strict=True):
         total = total + weight * row
     out.copy_(total)
@@ -114,7 +116,9 @@ def balance_(
     one = torch.ones_like(beta)
     _ema_(ema, grads, beta, one, found_inf, accumulate=False)
     sq_norms = _chunk_sq_norms(ema).sum(-1)
-    combine(ema, sq_norms, found_inf, one, alpha, alpha_constant, eps, False, out, norms, weights, torch.empty_like(one))
+    combine(
+        ema, sq_norms, found_inf, one, alpha, alpha_constant, eps, False, out, norms, weights, torch.empty_like(one)
+    )
 
 
 for _implementation in (ema_update_, combine, balance_):

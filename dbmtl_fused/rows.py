@@ -1,7 +1,7 @@
 """Where the task gradients of a step go, row by row: the EMA buffer, or without an EMA a running sum.
 
-Both are used the same way: ``begin`` a step, take a task's gradients with ``update``, ``end_task``, and ``finish`` with one
-flat gradient per ``.grad`` dtype.
+Both are used the same way: ``begin`` a step, take a task's gradients with ``update``, ``end_task``, and ``finish``
+with one flat gradient per ``.grad`` dtype.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class EmaRows(_Rows):
 class SumRows(_Rows):
     """Without an EMA no row is needed twice: ``alpha * sum_t g_t / (n_t + eps)`` in two vectors of ``P`` numbers.
 
-    Each task's gradient is gathered into the one scratch row, then added to the sum with weight ``1 / (n_t + eps)``; ``alpha``
-    comes in at the end.
+    Each task's gradient is gathered into the one scratch row, then added to the sum with weight ``1 / (n_t + eps)``;
+    ``alpha`` comes in at the end.
     """
 
     def __init__(
