@@ -66,7 +66,7 @@ class DBMTL:
     Attributes after a step, as fresh device tensors (reading them is what waits for the device): ``norms`` ``(T,)``,
     ``weights`` ``(T,)``, ``alpha_value`` 0-d. With ``beta=0, alpha=None`` norms are not measured and NaN.
 
-    .. note:: A non-finite gradient entry (or an unusable loss) leaves its EMA entry as it was, turns the whole shared
+    .. note:: A non-finite gradient entry (or loss: all of its task's) leaves its EMA entry as it was, turns the whole shared
         ``.grad`` into NaN, so that a gradient scaler or a guard in your loop sees it, and does not advance ``k``.
         Finite entries of that step have advanced.
     """
@@ -206,8 +206,7 @@ class DBMTL:
         """
         rows = self._rows
         assert rows is not None, "a plain sum has no balanced gradients"
-        found_inf = losses.unusable().any().to(torch.float32)
-        step = Step(self.num_tasks, self._beta_k(), scale, found_inf)
+        step = Step(self._beta_k(), scale, losses.unusable())
         keep = [retain_graph or shared for shared in self._shared_graphs(losses)]
         self._task = 0
         try:
@@ -226,7 +225,7 @@ class DBMTL:
             name = self.task_names[self._task]
             self._failure = f"the backward pass of task {name!r} failed ({type(error).__name__}: {error})"
             raise
-        self._step += found_inf == 0
+        self._step += step.found_inf == 0
         self.norms, self.weights, self.alpha_value = step.norms, step.weights, step.alpha_value
         return self._views(flats)
 
@@ -325,7 +324,8 @@ class DBMTL:
     def _check_no_ddp(self) -> None:
         mine = {id(p) for p in self._params}
         for module in gc.get_objects():
-            if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            # type(), since isinstance() asks every object for its __class__ and some answer with a warning
+            if issubclass(type(module), torch.nn.parallel.DistributedDataParallel):
                 for name, p in module.module.named_parameters():
                     if id(p) in mine:
                         raise RuntimeError(

@@ -158,7 +158,7 @@ def _in_task_order(losses: Sequence[Tensor] | Mapping[str, Tensor], task_names: 
         return [losses[name] for name in task_names]
     if not isinstance(losses, Iterable):
         raise TypeError(f"losses must be a sequence, a mapping or a tensor, got {type(losses).__name__}")
-    ordered: list[Tensor] = list(losses)
+    ordered = list(cast(Iterable[Tensor], losses))
     if len(ordered) != len(task_names):
         raise ValueError(
             f"losses must hold one loss per task, {len(task_names)} ({', '.join(task_names)}), got {len(ordered)}"

@@ -19,14 +19,20 @@ class Step:
     """The small tensors of one step, fresh each step, so that what users keep stays what it was.
 
     ``norms``, ``weights`` ``(T,)``, ``alpha_value`` 0-d: results. ``sq_norms`` ``(T,)``, ``found_inf``, ``scale``,
-    ``inv_scale``, ``beta`` 0-d: see ``_ops``.
+    ``inv_scale`` 0-d: see ``_ops``.
+
+    :param beta: EMA coefficient, 0-d, of the state's dtype.
+    :param scale: Factor on the gradients that come in and, again, on those that go out, 0-d.
+    :param unusable: Tasks whose loss carries no information, shape ``(T,)``, bool. Their rows stay as they are (a
+        coefficient of 1), and the step counts as non-finite.
     """
 
-    def __init__(self, T: int, beta: Tensor, scale: Tensor, found_inf: Tensor) -> None:
-        self.beta, self.found_inf = beta, found_inf
+    def __init__(self, beta: Tensor, scale: Tensor, unusable: Tensor) -> None:
+        self.betas = torch.where(unusable, 1, beta)
+        self.found_inf = unusable.any().to(torch.float32)
         self.scale = scale.to(beta.dtype)
         self.inv_scale = self.scale.reciprocal()
-        self.sq_norms, self.norms, self.weights = beta.new_empty(T), beta.new_empty(T), beta.new_empty(T)
+        self.sq_norms, self.norms, self.weights = (torch.empty_like(self.betas) for _ in range(3))
         self.alpha_value = torch.empty_like(beta)
 
 
@@ -57,7 +63,7 @@ class _Rows:
             grads,
             slots,
             self._layout.segments,
-            step.beta,
+            step.betas[task],
             step.inv_scale,
             self._partials,
             step.sq_norms[task],

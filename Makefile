@@ -1,0 +1,49 @@
+# One word per job. Each installs what it needs into the active environment, or into .venv if none is active.
+#   make demo    train on real digits with every balancing method
+#   make test    the test suite
+#   make lint    formatting, lint, types
+#   make bench   measure against what people would use instead
+# TORCH='torch==2.13.0' chooses another torch than the newest.
+
+PYTHON3 ?= python3
+TORCH ?= torch>=2.11
+VENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+NATIVE := $(shell find csrc -type f)
+SOURCES := setup.py csrc dbmtl_fused triton_kernels benchmarks tests examples
+
+.PHONY: demo test bench lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.dbmtl_fused-demo
+	$(PYTHON) -m dbmtl_fused demo $(ARGS)
+
+test: $(VENV)/.dbmtl_fused-dev
+	$(PYTHON) -m pytest $(ARGS)
+
+bench: $(VENV)/.dbmtl_fused-bench
+	$(PYTHON) -m dbmtl_fused bench $(ARGS)
+
+lint: $(VENV)/.dbmtl_fused-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(VENV)/.dbmtl_fused-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(NATIVE)
+
+clean:
+	rm -rf build dist *.egg-info dbmtl_fused/_C*.so dbmtl_fused/_build_error.txt $(VENV)/.dbmtl_fused-*
+
+$(PYTHON):
+	$(PYTHON3) -m venv $(VENV)
+
+# The stamp of one set of extras. Compiler warnings are errors for developers only: users' compilers are not ours to know.
+$(VENV)/.dbmtl_fused-%: pyproject.toml setup.py $(NATIVE) | $(PYTHON)
+	$(PIP) install "setuptools>=77" "ninja" "pybind11>=2.12" "$(TORCH)"
+	DBMTL_FUSED_WERROR=$(if $(filter dev,$*),1,0) $(PIP) install --no-build-isolation --editable ".[$*]"
+	touch $@
