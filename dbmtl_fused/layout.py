@@ -147,6 +147,8 @@ def check_params(named_params: Sequence[tuple[str, Tensor]]) -> None:
         if name in names:
             raise ValueError(f"names of shared parameters must be unique, got {name!r} twice")
         names.add(name)
+        if not p.is_leaf:
+            raise TypeError(f"shared parameter {name!r} must be a leaf tensor, got the result of {p.grad_fn}")
         if hasattr(p, "ds_id"):
             raise TypeError(f"shared parameter {name!r} is partitioned by DeepSpeed ZeRO, which is not supported")
         if getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter":
@@ -159,8 +161,6 @@ def check_params(named_params: Sequence[tuple[str, Tensor]]) -> None:
             raise TypeError(f"shared parameter {name!r} must be dense, got layout {p.layout}")
         if grad_dtype(p) not in GRAD_DTYPES:
             raise TypeError(f"shared parameter {name!r} must have one of the dtypes {GRAD_DTYPES}, got {grad_dtype(p)}")
-        if not p.is_leaf:
-            raise TypeError(f"shared parameter {name!r} must be a leaf tensor, got the result of {p.grad_fn}")
         if p.device != first.device:
             raise ValueError(
                 f"shared parameters must be on one device, got {first_name!r} on {first.device} "
