@@ -28,7 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     if parsed.command == "bench":
         checkout = Path(__file__).resolve().parents[1]
         if not (checkout / "benchmarks" / "run.py").exists():
-            print("bench needs a checkout of the repository: benchmarks/ is not installed with the package", file=sys.stderr)
+            print(
+                "bench needs a checkout of the repository: benchmarks/ is not installed with the package",
+                file=sys.stderr,
+            )
             return 2
         sys.path.insert(0, str(checkout))
     return importlib.import_module(COMMANDS[parsed.command][0]).main(parsed.arguments)

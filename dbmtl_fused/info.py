@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 
 import torch
@@ -29,14 +30,15 @@ def build_facts() -> dict[str, str]:
     """What the native module was built with; empty if it is not there."""
     if backends.why_not("cpu", "cpu"):
         return {}
-    from dbmtl_fused import _C
-
-    return {f"C++ extension, {name}": str(fact) for name, fact in _C.build_info().items()}
+    native = importlib.import_module("dbmtl_fused._C")
+    return {f"C++ extension, {name}": str(fact) for name, fact in native.build_info().items()}
 
 
 def devices() -> dict[str, str]:
     """Device types to report on: the CPU, and the accelerator if there is one."""
-    found = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    found = {
+        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    }
     if torch.accelerator.is_available():
         device_type = torch.accelerator.current_accelerator()
         assert device_type is not None

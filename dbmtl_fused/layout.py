@@ -134,7 +134,10 @@ def named_shared_parameters(shared: torch.nn.Module | Iterable) -> list[tuple[st
         if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], Tensor):
             kinds = " of ".join([type(pair).__name__, str(tuple(type(part).__name__ for part in pair))])
             raise TypeError(f"shared parameter {i} must be a tensor or a (name, tensor) pair, got a {kinds}")
-    return list({id(p): (name, p) for name, p in reversed(pairs)}.values())[::-1]
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, p in pairs:
+        unique.setdefault(id(p), (name, p))
+    return list(unique.values())
 
 
 def check_params(named_params: Sequence[tuple[str, Tensor]]) -> None:

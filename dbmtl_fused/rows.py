@@ -36,6 +36,37 @@ class Step:
         self.alpha_value = torch.empty_like(beta)
 
 
+class FlatGrads:
+    """Memory for the flat gradients that a step hands out.
+
+    On CPUs that of the last step is used again once nobody else holds it (``zero_grad`` has dropped every view): fresh
+    pages from the system cost about as much as the weighted sum written into them. On GPUs the caching allocator does
+    that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory, shape ``(numel,)``, that no tensor handed out earlier can see."""
+        kept = self._kept.get((numel, dtype))
+        if kept is not None and _holders(kept) == _SOLE_HOLDER:
+            return kept
+        fresh = torch.empty(numel, dtype=dtype, device=self._device)
+        if self._device.type == "cpu":
+            self._kept[numel, dtype] = fresh
+        return fresh
+
+
+def _holders(tensor: Tensor) -> int:
+    """References to the tensor's storage: by tensors, views of it, and what else shares its memory."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+_SOLE_HOLDER = _holders(torch.empty(1))
+
+
 class _Rows:
     """What both kinds share: the operators' constant arguments and the per-row workspace."""
 
@@ -44,6 +75,7 @@ class _Rows:
     ) -> None:
         self._layout, self._ops, self._alpha, self._eps = layout, ops, alpha, eps
         self._dtype = state_dtype
+        self._flat_grads = FlatGrads(layout.device)
         self._partials = self._zeros(layout.num_chunks)
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -112,7 +144,7 @@ class EmaRows(_Rows):
         """The balanced gradient, one flat tensor per group of the layout."""
         outs = []
         for dtype, start, stop in self._layout.groups:
-            outs.append(torch.empty(stop - start, dtype=dtype, device=self._layout.device))
+            outs.append(self._flat_grads.take(stop - start, dtype))
             self._combine(self.buffer[:, start:stop], outs[-1], slice(None), self._alpha, self._step.scale)
         return outs
 
@@ -135,7 +167,7 @@ class SumRows(_Rows):
 
     def begin(self, step: Step) -> None:
         super().begin(step)
-        self._sum = torch.empty_like(self._scratch)
+        self._sum = self._flat_grads.take(self._layout.P, self._dtype)
 
     def end_task(self, task: int) -> None:
         """Add the finished row to the sum."""
