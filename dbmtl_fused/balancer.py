@@ -66,7 +66,7 @@ class DBMTL:
     Attributes after a step, as fresh device tensors (reading them is what waits for the device): ``norms`` ``(T,)``,
     ``weights`` ``(T,)``, ``alpha_value`` 0-d. With ``beta=0, alpha=None`` norms are not measured and NaN.
 
-    .. note:: A non-finite gradient entry leaves its EMA entry as it was (a non-finite loss: its task's whole row), turns
+    .. note:: A non-finite gradient entry leaves its EMA entry as it was (a non-finite loss: its whole row), turns
         the whole shared ``.grad`` into NaN, so that a gradient scaler or a guard in your loop sees it, and does not
         advance ``k``. Finite entries of that step have advanced.
     """

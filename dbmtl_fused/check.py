@@ -1,7 +1,7 @@
 """``python -m dbmtl_fused check``: is every available backend right on this machine? Takes seconds.
 
 Each backend runs a few steps of the one-shot operator, and of the streaming ones, on random inputs of awkward sizes.
-Its EMA, norms, weights and weighted sum are compared with a NumPy oracle in float64 or better that shares no code with it.
+Its EMA, norms, weights and weighted sum are compared with a NumPy oracle in float64 or better, which shares no code.
 Errors are in machine epsilons of the coarser of state and output, relative to the largest magnitude.
 """
 
