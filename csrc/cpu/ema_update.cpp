@@ -1,0 +1,60 @@
+// ema_update_: one task's gradients, wherever they are, into its row of the EMA.
+//
+// Math      row = beta * row + (1 - beta) * (g * inv_scale), or row + ... if accumulate; partials of the chunks touched;
+//           sq_norm = sum of all partials
+// Traffic   fp32: 12 bytes a column of the listed parameters, 4 ceil(P / kChunk) for the sum.
+// Parallel  the columns of all gradients, end to end, are dealt to the threads in equal ranges; a chunk goes to the thread
+//           that has its first column.
+// Sync      one parallel region.
+// Numerics  partials are keyed by chunk and summed in chunk order: no bit depends on threads, or on which gradients come in
+//           one call.
+// Limits    no slot twice in one call.
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "ema_columns.h"
+#include "weights.h"
+
+namespace dbmtl_fused::cpu {
+
+// Columns worth a thread: below, waking it costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
+template <class State>
+void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for) {
+  const EmaCoefficients<State> coefficients{args.accumulate ? State{1} : *args.beta, 1 - *args.beta, *args.inv_scale};
+
+  std::vector<int64_t> ends(args.num_gradients);  // of the gradients laid end to end
+  int64_t total = 0;
+  for (int64_t i = 0; i < args.num_gradients; ++i) ends[i] = total += args.gradients[i].numel;
+
+  std::atomic<bool> all_finite{true};
+  parallel_for(total, kGrain, [&](int64_t begin, int64_t end) {
+    bool finite = true;
+    for (int64_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); i < args.num_gradients; ++i) {
+      const Gradient& gradient = args.gradients[i];
+      const int64_t base = ends[i] - gradient.numel;
+      if (base >= end) break;
+      // The chunks whose first column is in [begin, end).
+      for (int64_t c = ceil_div(std::max<int64_t>(begin - base, 0), kChunk); c < ceil_div(gradient.numel, kChunk); ++c) {
+        const int64_t offset = c * kChunk;
+        if (base + offset >= end) break;
+        const void* const grads = gradient.data ? element(gradient.data, gradient.dtype, offset) : nullptr;
+        const auto chunk = ema_columns(args.row + gradient.start + offset, grads, gradient.dtype,
+                                       std::min(kChunk, gradient.numel - offset), coefficients);
+        args.partials[gradient.first_chunk + c] = chunk.sq_norm;
+        finite &= chunk.finite;
+      }
+    }
+    if (!finite) all_finite.store(false, std::memory_order_relaxed);
+  });
+
+  *args.sq_norm = sum_in_order(args.partials, args.C);
+  if (!all_finite.load(std::memory_order_relaxed)) *args.found_inf = 1;
+}
+
+template void launch_ema_update(const EmaUpdate<float>&, ParallelFor);
+template void launch_ema_update(const EmaUpdate<double>&, ParallelFor);
+
+}  // namespace dbmtl_fused::cpu

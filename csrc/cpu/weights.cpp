@@ -1,0 +1,79 @@
+// Squared norms to weights.
+//
+// Math      n_t = sqrt(sq_norm_t);   alpha = max, min, ... of n;   w_t = alpha / (n_t + eps), or 1, or NaN
+// Traffic   O(T), and O(P / kChunk) for the sums.
+// Parallel  one thread.
+// Sync      none.
+// Numerics  one rounding an operation, in the state's type, as in the reference; the mean's sum may associate differently
+//           there. A NaN norm reaches alpha, also through max, min and median (where it counts as the largest).
+// Limits    T >= 1.
+#include "weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace dbmtl_fused::cpu {
+namespace {
+
+// NaN is above all numbers, as torch sorts.
+template <class State>
+bool below(State a, State b) {
+  return a < b || (std::isnan(b) && !std::isnan(a));
+}
+
+template <class State>
+State alpha_of(const State* norms, int64_t T, const Weighting<State>& weighting) {
+  switch (weighting.alpha) {
+    case Alpha::kMax:
+      return *std::max_element(norms, norms + T, below<State>);
+    case Alpha::kMin:
+      for (int64_t t = 0; t < T; ++t)
+        if (std::isnan(norms[t])) return norms[t];
+      return *std::min_element(norms, norms + T);
+    case Alpha::kMean: {
+      State sum = 0;
+      for (int64_t t = 0; t < T; ++t) sum += norms[t];
+      return sum / static_cast<State>(T);
+    }
+    case Alpha::kMedian: {
+      std::vector<State> ordered(norms, norms + T);
+      std::sort(ordered.begin(), ordered.end(), below<State>);
+      return (ordered[(T - 1) / 2] + ordered[T / 2]) / 2;
+    }
+    case Alpha::kConstant:
+      return static_cast<State>(weighting.alpha_constant);
+    case Alpha::kNone:
+      return 1;
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace
+
+template <class State>
+State sum_in_order(const State* partials, int64_t count) {
+  double sum = 0;
+  for (int64_t c = 0; c < count; ++c) sum += partials[c];
+  return static_cast<State>(sum);
+}
+
+template <class State>
+State compute_weights(const State* sq_norms, int64_t T, bool found_inf, const Weighting<State>& weighting) {
+  for (int64_t t = 0; t < T; ++t) weighting.norms[t] = std::sqrt(sq_norms[t]);
+  const State alpha = alpha_of(weighting.norms, T, weighting);
+  for (int64_t t = 0; t < T; ++t) {
+    const State balanced =
+        weighting.alpha == Alpha::kNone ? State{1} : alpha / (weighting.norms[t] + static_cast<State>(weighting.eps));
+    weighting.weights[t] = found_inf ? std::numeric_limits<State>::quiet_NaN() : balanced;
+  }
+  return alpha;
+}
+
+template float sum_in_order(const float*, int64_t);
+template double sum_in_order(const double*, int64_t);
+template float compute_weights(const float*, int64_t, bool, const Weighting<float>&);
+template double compute_weights(const double*, int64_t, bool, const Weighting<double>&);
+
+}  // namespace dbmtl_fused::cpu
