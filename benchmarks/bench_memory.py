@@ -1,0 +1,130 @@
+"""Peak memory of a DB-MTL step over the bare loop that drops gradients after each backward, and gradients in flight.
+
+Every figure comes from a new process. Two measures that share no code: tensors, from torch's own record of what its
+allocator handed out (exact, blind to what C++ code allocates by itself), and resident pages (the kernel's high-water
+mark, reset after warm-up; sees everything, fragmentation of the heap included). The bar holds for each.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from benchmarks.bandwidth import ITEM
+from benchmarks.models import Size
+from benchmarks.report import Section
+from benchmarks.steps import BALANCED, FLOORS, Step
+from benchmarks.timing import Bar
+from benchmarks.workers import Worker
+from dbmtl_fused.balancer import CPU_BUCKET_BYTES
+
+SIZE, QUICK_SIZE = Size(), Size(depth=2, width=64, batch=8)
+AFTER, OURS = "drop after backward", "DBMTL"
+MB = 1e6
+SLACK = 16 * MB
+STEPS = 3
+PROCESSES = 3
+"""How often resident pages are measured: fragmentation differs from process to process."""
+
+
+def run(*, quick: bool, threads: int) -> list[Section]:
+    """One section: the same MLP as the step's."""
+    size = QUICK_SIZE if quick else SIZE
+    kinds = {**FLOORS, **BALANCED}
+    measures: dict[str, dict[str, float]] = {}
+    resident: dict[str, list[float]] = {}
+    for name, kind in kinds.items():
+        with Worker(threads, _nothing, forked=True) as worker:
+            tensors = worker.call(peak_of_tensors, kind, size)
+        resident[name] = []
+        for _ in range(PROCESSES if name in (AFTER, OURS) and not quick else 1):
+            with Worker(threads, kind, size, forked=quick) as worker:
+                resident[name].append(worker.call(peak_of_pages))
+                in_flight = worker.call(peak_of_gradients) if name in (AFTER, OURS) else None
+        measures[name] = {"tensors": tensors, "resident": statistics.median(resident[name])}
+        if in_flight is not None:
+            measures[name]["gradients in flight"] = in_flight
+
+    title = f"memory: {size}"
+    allowed = (size.tasks * size.P + size.P) * ITEM + SLACK
+    over = {
+        "tensors": [measures[OURS]["tensors"] - measures[AFTER]["tensors"]],
+        "resident pages": [own - bare for own, bare in zip(resident[OURS], resident[AFTER], strict=True)],
+    }
+    bars = [_bar(f"{title}: peak over the bare loop, {measure}", allowed, values) for measure, values in over.items()]
+    bars.append(
+        _bar(
+            f"{title}: gradients in flight, against one bucket and the gradient that fills it",
+            CPU_BUCKET_BYTES + size.width**2 * ITEM,
+            [measures[OURS]["gradients in flight"]],
+        )
+    )
+    table = {name: {key: value / MB for key, value in of.items()} for name, of in measures.items()}
+    notes = [f"P*4 = {size.P * ITEM / MB:.1f} MB, bucket_bytes = {CPU_BUCKET_BYTES / MB:.2f} MB"]
+    return [Section(title, {}, bars, megabytes=table, notes=notes)]
+
+
+def peak_of_pages(step: Step) -> float:
+    """Highest resident set size in bytes during :data:`STEPS` steps after as many to warm up."""
+    # Makes torch import sympy (40 MB), as any optimizer and any backward with a seed does: not the step's memory.
+    torch.zeros(1, requires_grad=True).backward(torch.ones(1))
+    for _ in range(STEPS):
+        step()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
+    for _ in range(STEPS):
+        step()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def peak_of_tensors(_: object, kind: Callable[[Size], Step], size: Size) -> float:
+    """Most bytes torch's CPU allocator had handed out at once, from building the model through :data:`STEPS` steps."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step = kind(size)
+        for _ in range(STEPS):
+            step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return float(peak)
+
+
+def peak_of_gradients(step: Step) -> float:
+    """Most bytes of shared gradients alive at once while the backward passes run, the one just arriving included.
+
+    Seen from prehooks that come before the step's own. Weak references to storages tell which are still alive, whoever
+    holds them; that number only grows when a gradient arrives, so looking then misses nothing.
+    """
+    storages: dict[int, tuple[StorageWeakRef, int]] = {}
+    peak = 0
+
+    def arrive(grads: tuple[Any, ...]) -> None:
+        nonlocal peak
+        for key in [key for key, (storage, _) in storages.items() if storage.expired()]:
+            del storages[key]
+        storage = grads[0].untyped_storage()
+        storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        peak = max(peak, sum(size for _, size in storages.values()))
+
+    nodes = [get_gradient_edge(p).node for p in step.model.shared()]
+    handles = [node.register_prehook(arrive) for node in nodes]
+    step()
+    for handle in handles:
+        handle.remove()
+    return float(peak)
+
+
+def _bar(name: str, most: float, values: list[float]) -> Bar:
+    return Bar(name, most / MB, False, [value / MB for value in values], unit="MB")
+
+
+def _nothing() -> None:
+    """A subject for workers that build their own."""

@@ -1,0 +1,139 @@
+"""Ways to do the one-shot step on a ready ``T x P`` gradient matrix, and the float64 computation they must agree with.
+
+Each keeps its own copies of all it reads and writes, so that none finds in cache what another left there.
+Traffic in units of ``P`` numbers: LibMTL's expression ``14 T - 1``, tight eager ``5 T + 1``, fused ``4 T + 1``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dbmtl_fused import backends, balance_
+from dbmtl_fused.reference import balance_ as reference_balance_
+
+EPS = 1e-8
+RTOL = 1e-4
+"""Largest error allowed before anything is timed, as a share of the largest entry of the exact result. Room for torch's
+own float32 norms: of a row of 11.2 M they are 4e-5 off."""
+
+
+class OneShot(Protocol):
+    """One call: updates its EMA (attribute ``ema``) and returns the balanced gradient, shape ``(P,)``."""
+
+    ema: Tensor
+
+    def __call__(self) -> Tensor: ...
+
+
+class LibMTLExpression:
+    """``ema = g + beta (ema - g)``, the norm of each row, a Python sum of ``weight * row``; all allocated anew."""
+
+    def __init__(self, ema: Tensor, grads: Tensor, beta: float) -> None:
+        self.ema, self.grads, self.beta = ema.clone(), grads.clone(), beta
+
+    def __call__(self) -> Tensor:
+        self.ema = self.grads + self.beta * (self.ema - self.grads)
+        norms = self.ema.norm(dim=-1)
+        weights = norms.max() / (norms + EPS)
+        return sum((weights[t] * self.ema[t] for t in range(len(self.ema))), start=torch.zeros(()))
+
+
+class TightEager:
+    """The least traffic torch's own operators allow: ``lerp_``, ``vector_norm``, ``mv`` into a preallocated output."""
+
+    def __init__(self, ema: Tensor, grads: Tensor, beta: float) -> None:
+        self.ema, self.grads, self.beta = ema.clone(), grads.clone(), beta
+        self.out = ema.new_empty(ema.shape[1])
+
+    def __call__(self) -> Tensor:
+        self.ema.lerp_(self.grads, 1 - self.beta)
+        norms = torch.linalg.vector_norm(self.ema, dim=1)
+        return torch.mv(self.ema.t(), norms.amax() / (norms + EPS), out=self.out)
+
+
+class Fused:
+    """``dbmtl_fused.balance_`` as users call it, checks included, into a preallocated output."""
+
+    def __init__(self, backend: str, ema: Tensor, grads: Tensor, beta: float) -> None:
+        self.ema, self.grads, self.beta = ema.clone(), grads.clone(), beta
+        self.backend = "auto" if backend == backends.resolve("auto", ema.device) else backend
+        self.out = ema.new_empty(ema.shape[1])
+
+    def __call__(self) -> Tensor:
+        return balance_(self.ema, self.grads, self.beta, eps=EPS, out=self.out, backend=self.backend)[0]
+
+
+class CompiledReference:
+    """``torch.compile`` of the reference implementation."""
+
+    def __init__(self, ema: Tensor, grads: Tensor, beta: float) -> None:
+        T, P = ema.shape
+        self.ema, self.grads, self.beta = ema.clone(), grads.clone(), torch.tensor(beta, dtype=ema.dtype)
+        self.out, self.norms, self.weights = ema.new_empty(P), ema.new_empty(T), ema.new_empty(T)
+        self.found_inf = torch.zeros(())
+        self.compiled = torch.compile(reference_balance_, fullgraph=True)
+
+    def __call__(self) -> Tensor:
+        self.compiled(
+            self.ema, self.grads, self.beta, "max", 0.0, EPS, self.out, self.norms, self.weights, self.found_inf
+        )
+        return self.out
+
+
+LIBMTL, TIGHT, COMPILED = "LibMTL's expression", "tight eager", "torch.compile(reference)"
+
+
+def fused(backend: str) -> str:
+    """The name of :class:`Fused` on ``backend``."""
+    return f"dbmtl_fused {backend}"
+
+
+def factories(*, compiled: bool = False) -> dict[str, Callable[[Tensor, Tensor, float], OneShot]]:
+    """``name -> factory(ema, grads, beta)`` of all that run on this machine's CPU, the package's own last."""
+    found: dict[str, Callable[[Tensor, Tensor, float], OneShot]] = {LIBMTL: LibMTLExpression, TIGHT: TightEager}
+    if compiled:
+        found[COMPILED] = CompiledReference
+    for backend in reversed(backends.available("cpu")):
+        found[fused(backend)] = functools.partial(Fused, backend)
+    return found
+
+
+def inputs(T: int, P: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """``ema`` and ``grads``: normal numbers, rows of different scale as the gradients of different losses are."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(-2, 2, T).unsqueeze(1)
+    return (scales * torch.randn(T, P, generator=generator), scales * torch.randn(T, P, generator=generator))
+
+
+def exact(ema: Tensor, grads: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The updated EMA and the balanced gradient in float64."""
+    ema = beta * ema.double() + (1 - beta) * grads.double()
+    norms = ema.square().sum(1).sqrt()
+    return ema, (norms.max() / (norms + EPS)) @ ema
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest entry of ``expected``; infinite if there is a NaN."""
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    return math.inf if math.isnan(error) else error
+
+
+def check(name: str, candidate: OneShot, expected: tuple[Tensor, Tensor]) -> float:
+    """Call ``candidate`` once and return its error against what :func:`exact` returned.
+
+    :raises AssertionError: If it is above :data:`RTOL`; nothing is timed that computes something else.
+    """
+    out = candidate()
+    ema, total = expected
+    # Row by row: rows differ in scale.
+    errors = [relative_error(*rows) for rows in zip(candidate.ema, ema, strict=True)]
+    error = max(*errors, relative_error(out, total))
+    if error > RTOL:
+        raise AssertionError(f"{name} differs from float64 by {error:.1e} of the largest entry, more than {RTOL:.0e}")
+    return error

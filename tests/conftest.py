@@ -1,0 +1,93 @@
+"""What every test runs under: poisoned memory, two threads, reproducible randomness, no silent skip.
+
+* **Poison.** ``torch.use_deterministic_algorithms`` together with
+  ``torch.utils.deterministic.fill_uninitialized_memory`` makes torch fill what ``empty`` and its kin return with NaN
+  (integers: the largest one). Unlike patching the Python functions it also reaches memory that C++ code gets from the
+  dispatcher, and ``resize_``. It misses what native code allocates by itself and buffers of code that Inductor
+  generates. ``test_ops_harness.py`` shows that it works.
+* **Randomness.** Every run draws new inputs. The seed is printed in the header and with each failure;
+  ``DBMTL_FUSED_TEST_SEED`` brings it back. Hypothesis runs the same examples each time (profile ``ci``), or new ones
+  with ``HYPOTHESIS_PROFILE=explore``.
+* **Backends.** A test that takes ``backend`` runs for every backend of ``DBMTL_FUSED_TEST_DEVICE`` (default ``cpu``),
+  one that takes ``native_backend`` for each but the reference.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+# cuBLAS refuses to run under deterministic algorithms without it, and reads it once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Threads that spin while compilers or pytest-xdist's other workers want their core make tests several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from op_inputs import BACKENDS, DEVICE, NATIVE_BACKENDS
+
+THREADS = 2
+SEED_VARIABLE = "DBMTL_FUSED_TEST_SEED"
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # In the environment, so that the workers of pytest-xdist share it.
+    os.environ.setdefault(SEED_VARIABLE, str(random.SystemRandom().randrange(2**32)))
+
+
+def pytest_report_header() -> str:
+    return f"device: {DEVICE}, backends: {', '.join(BACKENDS)}, {SEED_VARIABLE}={os.environ[SEED_VARIABLE]}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name, values in (("backend", BACKENDS), ("native_backend", NATIVE_BACKENDS)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Poisoned memory and a fixed number of threads, whatever the test before left behind."""
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers of this test in this run; does not depend on which other tests ran."""
+    return np.random.default_rng([int(os.environ[SEED_VARIABLE]), zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report: Any = yield
+    if report.failed and "rng" in getattr(item, "fixturenames", ()):
+        again = f"{SEED_VARIABLE}={os.environ[SEED_VARIABLE]} python -m pytest '{item.nodeid}'"
+        report.sections.append(("same random inputs again", again))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List every skipped test by its reason, so that a green run says what it did not show."""
+    skipped: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("skipped", ()):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        skipped.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+    if skipped:
+        terminalreporter.section("not shown by this run")
+    for reason, nodeids in skipped.items():
+        terminalreporter.line(f"{reason}:")
+        for nodeid in nodeids:
+            terminalreporter.line(f"    {nodeid}")

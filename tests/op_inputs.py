@@ -1,0 +1,233 @@
+"""Inputs, calls and comparisons that the operator tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import oracle
+import torch
+from torch import Tensor
+
+from dbmtl_fused import backends
+from dbmtl_fused._ops import ALPHA_MODES, CHUNK, GRAD_DTYPES, STATE_DTYPES
+
+__all__ = ["ALPHA_MODES", "CHUNK", "GRAD_DTYPES", "STATE_DTYPES"]
+
+DEVICE = torch.device(os.environ.get("DBMTL_FUSED_TEST_DEVICE", "cpu"))
+BACKENDS = backends.available(DEVICE.type)
+NATIVE_BACKENDS = [name for name in BACKENDS if name != "reference"]
+
+BITWISE_BACKENDS = [name for name in BACKENDS if name in ("reference", "cpu")]
+"""Backends that round every product and sum by itself, as the reference does. Those on GPUs contract ``a * b + c`` to
+one fused multiply-add, which is more accurate but has other last bits."""
+
+ALPHA_CONSTANT = 2.5
+EPS = 1e-8
+SENTINEL = 13.0  # exact in every dtype
+
+
+# --- Tensors and arrays
+
+
+def tensor(values: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``values``, rounded to ``dtype``, on the device under test."""
+    return torch.from_numpy(np.array(values, dtype=np.float64)).to(DEVICE, dtype)
+
+
+def exactly(value: float, dtype: torch.dtype = torch.float32) -> float:
+    """``value`` as an operator with this state dtype gets it, so that the oracle gets the same."""
+    return float(tensor(value, dtype))
+
+
+def array(values: Tensor) -> oracle.Array:
+    """The exact values of a tensor, for the oracle."""
+    return oracle.real(values.detach().cpu().double().numpy())
+
+
+def random_rows(rng: np.random.Generator, T: int, P: int) -> oracle.Array:
+    """Normal numbers; magnitudes differ between rows, so that so do weights."""
+    return rng.standard_normal((T, P)) * 10.0 ** rng.uniform(-2, 2, (T, 1))
+
+
+def flags(value: float = 0.0) -> Tensor:
+    """A ``found_inf``."""
+    return torch.tensor(value, dtype=torch.float32, device=DEVICE)
+
+
+def in_memory_order(flat: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    """A dense tensor of ``shape`` over the memory of ``flat``; ``order`` lists its dimensions, slowest first."""
+    inverse = [list(order).index(dim) for dim in range(len(shape))]
+    return flat.view([shape[dim] for dim in order]).permute(inverse)
+
+
+class Guarded:
+    """A 0-d to 2-d tensor inside a larger buffer full of sentinels, misaligned by ``offset`` elements."""
+
+    MARGIN = 64
+
+    def __init__(self, values: Tensor, *, offset: int = 0, row_padding: int = 0) -> None:
+        rows, columns = (1, 1, *values.shape)[-2:]
+        pitch = columns + row_padding
+        size = 2 * self.MARGIN + offset + rows * pitch
+        self._buffer = torch.full((size,), SENTINEL, dtype=values.dtype, device=values.device)
+        self._layout = (values.shape, (pitch, 1)[2 - values.dim() :], self.MARGIN + offset)
+        self.view = self._buffer.as_strided(*self._layout).copy_(values)
+
+    def assert_intact(self) -> None:
+        """Nothing around the view was written."""
+        around = self._buffer.clone()
+        around.as_strided(*self._layout).fill_(SENTINEL)
+        assert torch.equal(around, torch.full_like(around, SENTINEL)), "wrote outside the view"
+
+
+# --- Calls
+
+
+class Balanced(NamedTuple):
+    """Everything ``balance_`` writes."""
+
+    ema: Tensor
+    out: Tensor
+    norms: Tensor
+    weights: Tensor
+    found_inf: Tensor
+
+
+class Combined(NamedTuple):
+    """Everything ``combine`` writes."""
+
+    out: Tensor
+    norms: Tensor
+    weights: Tensor
+    alpha: Tensor
+
+
+def run_balance(
+    backend: str,
+    ema: Tensor,
+    grads: Tensor,
+    beta: float,
+    *,
+    alpha: str = "max",
+    constant: float = ALPHA_CONSTANT,
+    eps: float = EPS,
+    out: Tensor | None = None,
+    found_inf: float = 0.0,
+) -> Balanced:
+    """Call ``balance_``; ``ema`` and ``out`` are written in place, the rest is fresh, poisoned and between
+    sentinels."""
+    T, P = ema.shape
+    out = torch.empty(P, dtype=grads.dtype, device=DEVICE) if out is None else out
+    small = [Guarded(values, offset=1) for values in (ema.new_empty(T), ema.new_empty(T), flags(found_inf))]
+    result = Balanced(ema, out, *(guarded.view for guarded in small))
+    op = backends.operators(backend).balance_
+    assert op(ema, grads, tensor(beta, ema.dtype), alpha, constant, eps, *result[1:]) is None
+    for guarded in small:
+        guarded.assert_intact()
+    return result
+
+
+def run_combine(
+    backend: str,
+    ema: Tensor,
+    sq_norms: Tensor,
+    *,
+    found_inf: float = 0.0,
+    scale: float = 1.0,
+    alpha: str = "max",
+    constant: float = ALPHA_CONSTANT,
+    eps: float = EPS,
+    accumulate: bool = False,
+    out: Tensor | None = None,
+) -> Combined:
+    """Call ``combine``; all outputs but a given ``out`` are fresh, poisoned and between sentinels."""
+    T, P = ema.shape
+    out = ema.new_empty(P) if out is None else out
+    small = [Guarded(values, offset=1) for values in (ema.new_empty(T), ema.new_empty(T), ema.new_empty(()))]
+    result = Combined(out, *(guarded.view for guarded in small))
+    op = backends.operators(backend).combine
+    flag, factor = flags(found_inf), tensor(scale, ema.dtype)
+    assert op(ema, sq_norms, flag, factor, alpha, constant, eps, accumulate, *result) is None
+    for guarded in small:
+        guarded.assert_intact()
+    return result
+
+
+class Segments(NamedTuple):
+    """Where each slot lives in a row."""
+
+    table: Tensor  # (S, 3) of (start, numel, first_chunk)
+    P: int
+    chunks: int
+
+    @classmethod
+    def of(cls, numels: Sequence[int], align: int = 256) -> Segments:
+        rows, column, chunk = [], 0, 0
+        for numel in numels:
+            rows.append((column, numel, chunk))
+            column += -(-numel // align) * align
+            chunk += -(-numel // CHUNK)
+        return cls(torch.tensor(rows, dtype=torch.int64, device=DEVICE), column, chunk)
+
+    def columns(self, slot: int) -> slice:
+        start, numel, _ = self.table[slot].tolist()
+        return slice(start, start + numel)
+
+    def chunks_of(self, slot: int) -> slice:
+        _, numel, first = self.table[slot].tolist()
+        return slice(first, first + -(-numel // CHUNK))
+
+
+@dataclass
+class Row:
+    """One task's row and everything ``ema_update_`` writes; partials start poisoned, so that a forgotten one shows."""
+
+    row: Tensor
+    segments: Segments
+    found_inf: Tensor = field(default_factory=flags)
+
+    def __post_init__(self) -> None:
+        self._partials = Guarded(self.row.new_empty(self.segments.chunks), offset=1)
+        self._sq_norm = Guarded(self.row.new_empty(()), offset=1)
+        self.partials, self.sq_norm = self._partials.view, self._sq_norm.view
+
+    def update(
+        self,
+        backend: str,
+        grads: Sequence[Tensor | None],
+        slots: Sequence[int] | None = None,
+        *,
+        beta: float = 0.75,
+        inv_scale: float = 1.0,
+        accumulate: bool = False,
+    ) -> Row:
+        """Call ``ema_update_`` with all slots, or the given ones."""
+        slots = range(len(grads)) if slots is None else slots
+        scalars = tensor(beta, self.row.dtype), tensor(inv_scale, self.row.dtype)
+        written = self.partials, self.sq_norm, self.found_inf
+        op = backends.operators(backend).ema_update_
+        assert op(self.row, list(grads), list(slots), self.segments.table, *scalars, *written, accumulate) is None
+        self._partials.assert_intact()
+        self._sq_norm.assert_intact()
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that was written."""
+        return {"row": self.row, "partials": self.partials, "sq_norm": self.sq_norm, "found_inf": self.found_inf}
+
+
+# --- Comparisons
+
+
+def assert_same_bits(what: str, actual: Tensor, expected: Tensor) -> None:
+    """Equal bit for bit, signs of zeros included; only NaNs may differ among themselves."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.itemsize]
+    same = actual.contiguous().view(integers) == expected.contiguous().view(integers)
+    same |= actual.isnan() & expected.isnan()
+    assert same.all(), f"{what}: {int((~same).sum())} of {same.numel()} entries differ in their bits"

@@ -1,0 +1,152 @@
+"""What is right, in plain NumPy: the judge of every backend, so it shares no code with them and does not know torch.
+
+Everything is computed in ``REAL``: float64 at least, and on x86 its 80-bit extension, so that float64 state can be
+judged too. ``T`` tasks, ``P`` parameters; ``ema`` and ``grads`` have shape ``(T, P)``, or any other shape as long as
+they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+REAL = np.longdouble
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Ema(NamedTuple):
+    """An updated EMA and whether the guard had to hold back one of its entries."""
+
+    ema: Array
+    found_inf: bool
+
+
+class Balanced(NamedTuple):
+    """What ``combine`` computes."""
+
+    norms: Array  # (T,)
+    alpha: Any  # 0-d
+    weights: Array  # (T,)
+    out: Array  # (P,)
+
+
+def real(values: Any) -> Array:
+    """``values`` in the oracle's precision."""
+    return np.asarray(values, dtype=REAL)
+
+
+def ema_update(
+    ema: Array, grads: Array | None, beta: Any, inv_scale: Any = 1.0, *, accumulate: bool = False, largest: Any = np.inf
+) -> Ema:
+    """``beta * ema + (1 - beta) * inv_scale * grads``; an entry for which that is not finite stays as it was.
+
+    :param grads: None counts as zeros.
+    :param accumulate: Add to ``ema`` without decaying it: the second part of one gradient.
+    :param largest: Largest finite number of the dtype that holds the state; whatever exceeds it there is infinite.
+    """
+    ema, beta, inv_scale = real(ema), real(beta), real(inv_scale)
+    with np.errstate(invalid="ignore", over="ignore"):
+        updated = ema if accumulate else beta * ema
+        if grads is not None:
+            stored = _saturate(real(grads), largest)
+            updated = updated + (1 - beta) * _saturate(stored * inv_scale, largest)
+        finite = np.isfinite(_saturate(updated, largest))
+    return Ema(np.where(finite, updated, ema), not finite.all())
+
+
+def _saturate(values: Array, largest: Any) -> Array:
+    return np.where(np.abs(values) > largest, np.copysign(REAL(np.inf), values), values)
+
+
+def row_norms(ema: Array) -> Array:
+    """Euclidean norm of each row."""
+    return np.sqrt(np.square(real(ema)).sum(axis=1))
+
+
+def alpha_of(norms: Array, alpha: str, constant: float = 1.0) -> Any:
+    """The magnitude every row is scaled to."""
+    match alpha:
+        case "max" | "min" | "mean":
+            return getattr(norms, alpha)()
+        case "median":  # np.median would go through float64
+            ordered, T = np.sort(norms), len(norms)
+            return ordered[T // 2] if T % 2 else (ordered[T // 2 - 1] + ordered[T // 2]) / 2
+        case "constant":
+            return REAL(constant)
+        case "none":
+            return REAL(1)
+    raise AssertionError(alpha)
+
+
+def combine(
+    ema: Array,
+    norms: Array,
+    alpha: str = "max",
+    constant: float = 1.0,
+    eps: float = 1e-8,
+    *,
+    scale: Any = 1.0,
+    found_inf: bool = False,
+    base: Array | float = 0.0,
+) -> Balanced:
+    """Weights from the row norms, and the weighted sum of the rows times ``scale``, added to ``base``."""
+    norms = real(norms)
+    value = alpha_of(norms, alpha, constant)
+    weights = np.ones_like(norms) if alpha == "none" else value / (norms + REAL(eps))
+    if found_inf:
+        weights = np.full_like(norms, np.nan)
+    out = real(base) + real(scale) * (weights[:, None] * real(ema)).sum(axis=0)
+    return Balanced(norms, value, weights, out)
+
+
+def balance(
+    ema: Array,
+    grads: Array,
+    beta: Any,
+    alpha: str = "max",
+    constant: float = 1.0,
+    eps: float = 1e-8,
+    *,
+    found_inf: bool = False,
+    largest: Any = np.inf,
+) -> tuple[Ema, Balanced]:
+    """One step on a ready gradient matrix; ``found_inf`` as it was before the step."""
+    updated, flag = ema_update(ema, grads, beta, largest=largest)
+    flag = flag or found_inf
+    return Ema(updated, flag), combine(updated, row_norms(updated), alpha, constant, eps, found_inf=flag)
+
+
+def algorithm1_step(
+    ema: Array,
+    loss_grads: Sequence[Array],
+    losses: Sequence[float] | None,
+    k: int,
+    *,
+    beta: float = 0.9,
+    beta_sigma: float = 0.5,
+    eps: float = 1e-8,
+    log_eps: float = 1e-8,
+) -> tuple[Array, Array]:
+    """Iteration ``k = 1, 2, ...`` of the paper's Algorithm 1, line by line and loop by loop, for the shared parameters.
+
+    Deliberately not built from the functions above: each checks the other.
+
+    :param loss_grads: Gradient of each task's loss (not of its logarithm), each of shape ``(P,)``.
+    :param losses: The losses, for the gradient of the logarithm; None if ``loss_grads`` are of log-losses already.
+    :returns: The new ``ema`` and the gradient of the shared parameters.
+    """
+    beta_k = REAL(beta) / REAL(k) ** REAL(beta_sigma)
+    new_ema = []
+    for t, loss_grad in enumerate(loss_grads):
+        g_t = real(loss_grad)
+        if losses is not None:
+            g_t = g_t / (REAL(losses[t]) + REAL(log_eps))
+        new_ema.append(beta_k * real(ema[t]) + (1 - beta_k) * g_t)
+    norms = [np.sqrt(sum((x * x for x in m_t), start=REAL(0))) for m_t in new_ema]
+    alpha_k = max(norms)
+    direction = np.zeros_like(new_ema[0])
+    for m_t, n_t in zip(new_ema, norms, strict=True):
+        direction = direction + alpha_k * m_t / (n_t + REAL(eps))
+    return np.stack(new_ema), direction

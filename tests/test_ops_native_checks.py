@@ -1,0 +1,159 @@
+"""Native operators refuse what would make them leave a tensor's memory, naming the parameter and what was found.
+
+These are the last line of defence: users meet the checks in Python first (``test_balance_function.py``). The reference
+needs none, for torch's own operators check.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from op_inputs import DEVICE, Segments, flags
+
+from dbmtl_fused import backends
+
+T, P = 3, 130
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+
+def arguments(op: str) -> dict[str, Any]:
+    """Good arguments of ``op``, by name and in order."""
+    outputs = {"out": zeros(P), "norms": zeros(T), "weights": zeros(T)}
+    alpha = {"alpha": "max", "alpha_constant": 1.0, "eps": 1e-8}
+    if op == "balance_":
+        matrices = {"ema": zeros(T, P), "grads": zeros(T, P), "beta": zeros()}
+        return {**matrices, **alpha, **outputs, "found_inf": flags()}
+    if op == "combine":
+        inputs = {"ema": zeros(T, P), "sq_norms": zeros(T), "found_inf": flags(), "scale": zeros()}
+        return {**inputs, **alpha, "accumulate": False, **outputs, "alpha_value": zeros()}
+    segments = Segments.of([5000, 12])
+    inputs = {"grads": [zeros(5000), zeros(12)], "slots": [0, 1], "segments": segments.table}
+    outputs = {"partials": zeros(segments.chunks), "sq_norm": zeros(), "found_inf": flags()}
+    return {"row": zeros(segments.P), **inputs, "beta": zeros(), "inv_scale": zeros(), **outputs, "accumulate": False}
+
+
+def table(*rows: tuple[int, int, int]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=DEVICE)
+
+
+CASES = [
+    ("balance_", {"ema": zeros(P)}, "ema must have shape (T, P) with T >= 1, got (130,)"),
+    ("balance_", {"ema": zeros(0, P), "grads": zeros(0, P)}, "ema must have shape (T, P) with T >= 1, got (0,130,)"),
+    ("balance_", {"ema": zeros(T, P, dtype=torch.float16)}, "ema must be float32 or float64, got Half"),
+    ("balance_", {"ema": zeros(P, T).t()}, "ema must have adjacent columns, got stride 3"),
+    ("balance_", {"grads": zeros(T, P - 1)}, "grads must have ema's shape (3,130,), got (3,129,)"),
+    ("balance_", {"grads": zeros(T - 1, P)}, "grads must have ema's shape (3,130,), got (2,130,)"),
+    ("balance_", {"grads": zeros(P, T).t()}, "grads must have adjacent columns, got stride 3"),
+    (
+        "balance_",
+        {"grads": zeros(T, P, dtype=torch.int64)},
+        "grads must be float32, bfloat16, float16 or float64, got Long",
+    ),
+    ("balance_", {"beta": zeros(2)}, "beta must have one element, got shape (2,)"),
+    ("balance_", {"beta": zeros(dtype=torch.float64)}, "beta must be Float, got Double"),
+    ("balance_", {"out": zeros(P - 1)}, "out must have shape (130,), got (129,)"),
+    ("balance_", {"out": zeros(2 * P)[::2]}, "out must have adjacent columns, got stride 2"),
+    ("balance_", {"out": zeros(P, dtype=torch.int32)}, "out must be float32, bfloat16, float16 or float64, got Int"),
+    ("balance_", {"norms": zeros(T - 1)}, "norms must have shape (3,), got (2,)"),
+    ("balance_", {"norms": zeros(T, dtype=torch.float64)}, "norms must be Float, got Double"),
+    ("balance_", {"weights": zeros(T + 1)}, "weights must have shape (3,), got (4,)"),
+    ("balance_", {"weights": zeros(T, 2)[:, 0]}, "weights must have adjacent columns, got stride 2"),
+    ("balance_", {"found_inf": zeros(dtype=torch.bool)}, "found_inf must be Float, got Bool"),
+    ("balance_", {"found_inf": zeros(0)}, "found_inf must have one element, got shape (0,)"),
+    ("balance_", {"alpha": "maximum"}, "alpha must be max, min, mean, median, constant or none, got maximum"),
+    ("combine", {"ema": zeros(T, P, 1)}, "ema must have shape (T, P) with T >= 1, got (3,130,1,)"),
+    ("combine", {"ema": zeros(P, T).t()}, "ema must have adjacent columns, got stride 3"),
+    ("combine", {"sq_norms": zeros(T - 1)}, "sq_norms must have shape (3,), got (2,)"),
+    ("combine", {"sq_norms": zeros(T, 2)[:, 0]}, "sq_norms must have adjacent columns, got stride 2"),
+    ("combine", {"sq_norms": zeros(T, dtype=torch.float64)}, "sq_norms must be Float, got Double"),
+    ("combine", {"scale": zeros(0)}, "scale must have one element, got shape (0,)"),
+    ("combine", {"out": zeros(1)}, "out must have shape (130,), got (1,)"),
+    ("combine", {"out": zeros(P, dtype=torch.bool)}, "out must be float32, bfloat16, float16 or float64, got Bool"),
+    ("combine", {"norms": zeros()}, "norms must have shape (3,), got ()"),
+    ("combine", {"weights": zeros(0)}, "weights must have shape (3,), got (0,)"),
+    ("combine", {"alpha_value": zeros(0)}, "alpha_value must have one element, got shape (0,)"),
+    ("ema_update_", {"row": zeros(2, 3000)}, "row must have shape (P,), got (2,3000,)"),
+    ("ema_update_", {"row": zeros(10752)[::2]}, "row must have adjacent columns, got stride 2"),
+    ("ema_update_", {"row": zeros(5376, dtype=torch.bfloat16)}, "row must be float32 or float64, got BFloat16"),
+    ("ema_update_", {"row": zeros(5131)}, "segments must lie in row's 5131 columns, got start 5120 and numel 12"),
+    ("ema_update_", {"grads": [zeros(5000)]}, "grads and slots must be of the same length, got 1 and 2"),
+    (
+        "ema_update_",
+        {"grads": [zeros(5000), zeros(11)]},
+        "grads must have as many elements as their segments, got 11 for 12",
+    ),
+    (
+        "ema_update_",
+        {"grads": [zeros(1).expand(5000), None]},
+        "grads must be dense, got a view of shape (5000,) that repeats elements",
+    ),
+    (
+        "ema_update_",
+        {"grads": [None, zeros(12, dtype=torch.complex64)]},
+        "grads must be float32, bfloat16, float16 or float64",
+    ),
+    ("ema_update_", {"slots": [0, 2]}, "slots must be below the 2 rows of segments, got 2"),
+    ("ema_update_", {"slots": [0, -1]}, "slots must be below the 2 rows of segments, got -1"),
+    ("ema_update_", {"segments": zeros(2, 3)}, "segments must be Long, got Float"),
+    (
+        "ema_update_",
+        {"segments": table((0, 5000, 0), (5120, 12, 2))[:, :2]},
+        "segments must be contiguous, of shape (S, 3)",
+    ),
+    (
+        "ema_update_",
+        {"segments": table((0, 5000, 0), (-1, 12, 2))},
+        "segments must lie in row's 5376 columns, got start -1 and numel 12",
+    ),
+    (
+        "ema_update_",
+        {"segments": table((0, 5000, 0), (2**63 - 1, 12, 2))},
+        f"segments must lie in row's 5376 columns, got start {2**63 - 1} and numel 12",
+    ),
+    (
+        "ema_update_",
+        {"segments": table((0, 5000, 2), (5120, 12, 0))},
+        "the chunks of segments must lie in 3 partials, got numel 5000 and first_chunk 2",
+    ),
+    (
+        "ema_update_",
+        {"segments": table((0, 5000, -1), (5120, 12, 2))},
+        "the chunks of segments must lie in 3 partials, got numel 5000 and first_chunk -1",
+    ),
+    (
+        "ema_update_",
+        {"partials": zeros(2)},
+        "the chunks of segments must lie in 2 partials, got numel 12 and first_chunk 2",
+    ),
+    ("ema_update_", {"partials": zeros(3, dtype=torch.float64)}, "partials must be Float, got Double"),
+    ("ema_update_", {"beta": zeros(0)}, "beta must have one element, got shape (0,)"),
+    ("ema_update_", {"inv_scale": zeros(0)}, "inv_scale must have one element, got shape (0,)"),
+    ("ema_update_", {"sq_norm": zeros(0)}, "sq_norm must have one element, got shape (0,)"),
+    ("ema_update_", {"found_inf": zeros(dtype=torch.float64)}, "found_inf must be Float, got Double"),
+]
+
+
+@pytest.mark.parametrize(("op", "bad", "message"), CASES, ids=[f"{op}{message[:40]}" for op, _, message in CASES])
+def test_refused(native_backend: str, op: str, bad: dict[str, Any], message: str) -> None:
+    good = arguments(op)
+    operator = getattr(backends.operators(native_backend), op)
+    operator(*good.values())
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        operator(*(good | bad).values())
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="tensors on two devices need a second device")
+@pytest.mark.parametrize("op", backends.Operators._fields)
+def test_tensors_elsewhere_are_refused(native_backend: str, op: str) -> None:
+    """One tensor in the host's memory among those of the device."""
+    good = arguments(op)
+    for name, value in good.items():
+        if isinstance(value, torch.Tensor):
+            with pytest.raises(RuntimeError, match=name):
+                getattr(backends.operators(native_backend), op)(*(good | {name: value.cpu()}).values())

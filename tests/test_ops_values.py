@@ -1,0 +1,154 @@
+"""Every operator on every backend against the float64 oracle, over shapes, dtypes, alpha modes and steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from op_checks import assert_balanced, assert_ema, check_balance, check_combine, check_ema_update, ema_magnitude
+from op_inputs import (
+    ALPHA_MODES,
+    DEVICE,
+    GRAD_DTYPES,
+    STATE_DTYPES,
+    Row,
+    Segments,
+    array,
+    exactly,
+    random_rows,
+    run_balance,
+    tensor,
+)
+from torch import Tensor
+
+TASKS = (1, 2, 3, 5, 11, 16, 17, 64)
+COLUMNS = (0, 1, 127, 128, 129, 4095, 4097)
+LARGE = 2**20 + 3
+SHAPES = [(T, P) for T in TASKS for P in COLUMNS] + [(1, LARGE), (3, LARGE)]
+NUMELS = {"nothing": [0], "one": [1], "several": [129, 1, 0, 4097, 256, 8192, 3], "large": [LARGE, 5]}
+
+shapes = pytest.mark.parametrize(("T", "P"), SHAPES, ids=[f"{T}x{P}" for T, P in SHAPES])
+dtypes = pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=str)
+states = pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+out_dtypes = pytest.mark.parametrize("out_dtype", GRAD_DTYPES, ids=str)
+alphas = pytest.mark.parametrize("alpha", ALPHA_MODES)
+writes_or_adds = pytest.mark.parametrize("accumulate", [False, True], ids=["write", "add"])
+
+
+def poisoned(P: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(P, dtype=dtype, device=DEVICE)
+
+
+@shapes
+def test_balance_shapes(backend: str, rng: np.random.Generator, T: int, P: int) -> None:
+    check_balance(backend, tensor(random_rows(rng, T, P)), tensor(random_rows(rng, T, P)), exactly(rng.uniform()))
+
+
+@dtypes
+@states
+@out_dtypes
+@pytest.mark.parametrize("P", [129, 4097])
+def test_balance_dtypes(
+    backend: str, rng: np.random.Generator, dtype: torch.dtype, state_dtype: torch.dtype, out_dtype: torch.dtype, P: int
+) -> None:
+    ema, grads = tensor(random_rows(rng, 3, P), state_dtype), tensor(random_rows(rng, 3, P), dtype)
+    check_balance(backend, ema, grads, exactly(rng.uniform(), state_dtype), out=poisoned(P, out_dtype))
+
+
+@alphas
+@states
+@pytest.mark.parametrize("T", TASKS)
+def test_balance_alpha(backend: str, rng: np.random.Generator, alpha: str, state_dtype: torch.dtype, T: int) -> None:
+    ema, grads = (tensor(random_rows(rng, T, 300), state_dtype) for _ in range(2))
+    check_balance(backend, ema, grads, 0.75, alpha=alpha)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.5, 0.0])
+def test_balance_eps(backend: str, rng: np.random.Generator, eps: float) -> None:
+    """``eps`` is added to the norms: with large values of it that shows."""
+    check_balance(backend, tensor(random_rows(rng, 4, 129)), tensor(random_rows(rng, 4, 129)), 0.5, eps=eps)
+
+
+@pytest.mark.parametrize("T", [1, 3, 64])
+@states
+def test_balance_many_steps(backend: str, rng: np.random.Generator, T: int, state_dtype: torch.dtype) -> None:
+    """Errors of the state add up over steps: the oracle keeps a state of its own."""
+    P = 131
+    emas = {name: torch.zeros(T, P, dtype=state_dtype, device=DEVICE) for name in (backend, "reference")}
+    exact = magnitude = np.zeros((T, P), dtype=oracle.REAL)
+    for k in range(1, 51):
+        grads = tensor(random_rows(rng, T, P), torch.bfloat16)
+        beta = exactly(0.9 / k**0.5, state_dtype)
+        (exact, _), expected = oracle.balance(exact, array(grads), beta)
+        magnitude = ema_magnitude(magnitude, array(grads), beta)
+        results = {
+            name: run_balance(name, ema, grads, beta, out=poisoned(P, state_dtype)) for name, ema in emas.items()
+        }
+        assert_ema(emas[backend], emas["reference"], exact, magnitude)
+        assert_balanced(results[backend], results["reference"], expected, magnitude)
+
+
+def combine_inputs(
+    rng: np.random.Generator,
+    T: int,
+    P: int,
+    state_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``ema``, ``sq_norms``, and an ``out`` that is not empty."""
+    ema = tensor(random_rows(rng, T, P), state_dtype)
+    sq_norms = tensor(np.square(array(ema)).sum(axis=1), state_dtype)
+    return ema, sq_norms, tensor(rng.standard_normal(P) * 100, out_dtype)
+
+
+@shapes
+def test_combine_shapes(backend: str, rng: np.random.Generator, T: int, P: int) -> None:
+    check_combine(backend, *combine_inputs(rng, T, P))
+
+
+@states
+@out_dtypes
+@writes_or_adds
+def test_combine_dtypes(
+    backend: str, rng: np.random.Generator, state_dtype: torch.dtype, out_dtype: torch.dtype, accumulate: bool
+) -> None:
+    check_combine(backend, *combine_inputs(rng, 5, 4097, state_dtype, out_dtype), accumulate=accumulate)
+
+
+@alphas
+@pytest.mark.parametrize("T", TASKS)
+def test_combine_alpha(backend: str, rng: np.random.Generator, alpha: str, T: int) -> None:
+    check_combine(backend, *combine_inputs(rng, T, 129), alpha=alpha)
+
+
+@writes_or_adds
+@pytest.mark.parametrize("scale", [65536.0, 0.37109375, 0.0])
+def test_combine_scale(backend: str, rng: np.random.Generator, scale: float, accumulate: bool) -> None:
+    """``scale`` multiplies the sum and nothing else: neither ``weights`` nor what was in ``out`` before."""
+    check_combine(backend, *combine_inputs(rng, 3, 4097), scale=scale, accumulate=accumulate)
+
+
+def test_combine_norms_of_a_whole_that_ema_is_a_part_of(backend: str, rng: np.random.Generator) -> None:
+    """``sq_norms`` are taken as given (ranks all-reduce them first), never computed from ``ema``."""
+    ema, sq_norms, out = combine_inputs(rng, 3, 129)
+    check_combine(backend, ema, sq_norms * 7, out)
+
+
+@dtypes
+@states
+@pytest.mark.parametrize("numels", NUMELS.values(), ids=NUMELS.keys())
+@pytest.mark.parametrize("inv_scale", [1.0, 1 / 1024, 0.3])
+def test_ema_update(
+    backend: str,
+    rng: np.random.Generator,
+    numels: list[int],
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    inv_scale: float,
+) -> None:
+    segments = Segments.of(numels)
+    row = Row(tensor(rng.standard_normal(segments.P), state_dtype), segments)
+    grads = [tensor(rng.standard_normal(numel) / inv_scale, dtype) for numel in numels]
+    beta = exactly(rng.uniform(), state_dtype)
+    check_ema_update(backend, row, grads, beta=beta, inv_scale=exactly(inv_scale, state_dtype))
