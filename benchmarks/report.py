@@ -131,6 +131,7 @@ def environment(threads: int) -> dict[str, Any]:
             "dbmtl_fused": dbmtl_fused.__version__,
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
+        "backend": backends.resolve("auto", torch.device("cpu")),
         "backends": backends.available("cpu"),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -148,7 +149,7 @@ def environment_to_text(found: Mapping[str, Any]) -> str:
             f"load {machine['load_average'][0]:.1f}",
             f"torch {versions['torch']}, python {versions['python']}, dbmtl_fused {versions['dbmtl_fused']} at "
             f"{(found['commit'] or 'unknown')[:7]}{'+dirty' if found['dirty'] else ''}, "
-            f"backends: {', '.join(found['backends'])}",
+            f"backend measured: {found['backend']} (available: {', '.join(found['backends'])})",
             f"malloc and OpenMP settings: {settings}; transparent huge pages: {machine['transparent_hugepages']}",
         ]
     )

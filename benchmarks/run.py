@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ if __package__ != "benchmarks":  # run as a script: appended, so that an install
 import torch
 
 from benchmarks import bench_memory, bench_ops, bench_step, report
+from dbmtl_fused import backends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds = 3 if options.quick else options.repeats
     found = report.environment(options.threads)
     print(report.environment_to_text(found), flush=True)
+    # Said explicitly, so that a process started later raises rather than measure another one.
+    os.environ[backends.ENVIRONMENT_VARIABLE] = found["backend"]
     sections: list[report.Section] = []
     for name in ("ops", "step", "memory") if options.what == "all" else (options.what,):
         if name == "ops":

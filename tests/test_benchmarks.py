@@ -232,6 +232,7 @@ def test_a_quick_run_measures_everything_and_writes_consistent_json(tmp_path: Pa
     assert {"machine", "versions", "commit", "dirty", "environment", "settings", "sections"} <= written.keys()
     assert written["versions"]["torch"] == torch.__version__
     assert written["machine"]["threads"] == 2
+    assert written["backend"] in written["backends"]
     assert [section["title"].split()[0] for section in written["sections"]] == [
         "balance_",
         "balance_",
