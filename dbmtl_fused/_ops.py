@@ -55,6 +55,12 @@ def _define(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]
     return register
 
 
+def _check_devices(*tensors: Tensor) -> None:
+    """A meta tensor among others would run the fake, which writes nothing."""
+    devices = {tensor.device for tensor in tensors}
+    torch._check(len(devices) == 1, lambda: f"all tensors must be on one device, got {sorted(map(str, devices))}")
+
+
 def _check_vectors(T: int, **vectors: Tensor) -> None:
     for name, vector in vectors.items():
         message = f"{name} must have shape ({T},), got {tuple(vector.shape)}"
@@ -96,6 +102,8 @@ def _ema_update_fake(
     :param sq_norm: Squared norm of the row, 0-d; only complete once every slot was updated for this step.
     :param found_inf: See the module's conventions.
     """
+    given = [grad for grad in grads if grad is not None]
+    _check_devices(row, segments, beta, inv_scale, partials, sq_norm, found_inf, *given)
     torch._check(row.dim() == 1, lambda: f"row must be 1-D, got {row.dim()}-D")
     torch._check(len(grads) == len(slots), lambda: f"got {len(grads)} grads for {len(slots)} slots")
 
@@ -134,6 +142,7 @@ def _combine_fake(
     :param norms, weights: Shape ``(T,)``; written.
     :param alpha_value: 0-d; written (1 if the mode is ``"none"``).
     """
+    _check_devices(ema, sq_norms, found_inf, scale, out, norms, weights, alpha_value)
     T, P = ema.shape
     torch._check(out.shape == (P,), lambda: f"out must have shape ({P},), got {tuple(out.shape)}")
     _check_vectors(T, sq_norms=sq_norms, norms=norms, weights=weights)
@@ -162,6 +171,7 @@ def _balance_fake(
 
     The rest as in ``ema_update_`` and ``combine``.
     """
+    _check_devices(ema, grads, beta, out, norms, weights, found_inf)
     torch._check(
         ema.shape == grads.shape,
         lambda: f"ema {tuple(ema.shape)} and grads {tuple(grads.shape)} must have the same shape",

@@ -34,8 +34,11 @@ class Operators(NamedTuple):
     balance_: OpOverload
 
 
+@functools.cache
 def operators(backend: str) -> Operators:
-    """The operators of ``backend``, one of :data:`BACKENDS`."""
+    """The operators of ``backend``, one of :data:`BACKENDS`; calling them fails where :func:`why_not` says so."""
+    if backend in _MODULES:
+        _import_error(_MODULES[backend])  # importing registers the kernels
     namespace = getattr(torch.ops, NAMESPACE)
     return Operators(*(getattr(getattr(namespace, name), backend) for name in Operators._fields))
 
@@ -53,6 +56,7 @@ def _import_error(module: str) -> str | None:
     return None
 
 
+@functools.cache
 def why_not(backend: str, device_type: str) -> str | None:
     """Why ``backend`` cannot run on tensors of ``device_type`` here, or None if it can."""
     if backend in _MODULES and (error := _import_error(_MODULES[backend])):
@@ -85,6 +89,11 @@ def resolve(backend: str, device: torch.device) -> str:
     if reason := why_not(wanted, device.type):
         raise RuntimeError(f"{source}={wanted!r} cannot run on {device.type} tensors here: {reason}")
     return wanted
+
+
+# A constant for torch.compile, which cannot trace imports. What torch.compiler.assume_constant_result does, without its
+# import of the whole compiler.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -359,7 +359,10 @@ class DBMTL:
             self._rows.update(self._task, slots, grads, accumulate)
 
     def _no_autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.layout.device.type, enabled=False)
+        device_type = self.layout.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.autocast(device_type, enabled=False)
+        return nullcontext()  # entered for every bucket: switching off what is off would cost more than the check
 
     def _note_reached(self, task: int, reached: set[int]) -> None:
         if not reached:

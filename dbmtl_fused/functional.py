@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -70,12 +71,14 @@ def balance_(
         _check_out(out, ema)
     if not torch.compiler.is_compiling():  # traced tensors have no addresses
         _check_overlap(ema, grads, out)
-    ops = backends.operators(backends.resolve(backend, ema.device))
+    op = getattr(torch.ops.dbmtl_fused.balance_, backends.resolve(backend, ema.device))
     norms, weights = ema.new_empty(T), ema.new_empty(T)
     found_inf = torch.zeros((), dtype=torch.float32, device=ema.device)
-    ops.balance_(
-        ema.detach(), grads.detach(), beta, alpha_mode, alpha_constant, eps, out.detach(), norms, weights, found_inf
-    )
+    if ema.requires_grad or grads.requires_grad:
+        ema, grads = ema.detach(), grads.detach()
+    op(ema, grads, beta, alpha_mode, alpha_constant, eps, out, norms, weights, found_inf)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version((ema, out))  # so that autograd notices if it still needs the old values
     return out, norms, weights
 
 
@@ -88,7 +91,7 @@ def alpha_arguments(alpha: str | float | None) -> tuple[str, float]:
         return "none", 0.0
     if alpha in ALPHA_NAMES:
         return str(alpha), 0.0
-    if isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 < alpha < math.inf:
+    if isinstance(alpha, numbers.Real) and not isinstance(alpha, bool) and 0 < alpha < math.inf:
         return "constant", float(alpha)
     raise ValueError(f"alpha must be one of {ALPHA_NAMES}, a positive number or None, got {alpha!r}")
 
@@ -97,7 +100,7 @@ def check_finite_float(
     name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, below: float = math.inf
 ) -> None:
     """Raise unless ``value`` is a finite number with ``above < value``, ``low <= value`` and ``value < below``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (math.isfinite(value) and above < value and low <= value < below):
         rules = (
@@ -117,7 +120,7 @@ def _beta_tensor(beta: float | Tensor, ema: Tensor) -> Tensor:
             f"beta must be a number or a 0-d floating-point tensor on {ema.device}, "
             f"got shape {tuple(beta.shape)}, {beta.dtype}, on {beta.device}"
         )
-    return beta.detach().to(ema.dtype)
+    return beta.detach().to(ema.dtype) if beta.requires_grad or beta.dtype != ema.dtype else beta
 
 
 def _check_matrix(name: str, matrix: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -151,26 +154,26 @@ def _check_out(out: Tensor, ema: Tensor) -> None:
 
 
 def _check_overlap(ema: Tensor, grads: Tensor, out: Tensor) -> None:
-    tensors = {"ema": ema, "grads": grads, "out": out}
-    for name, other in (("grads", "ema"), ("out", "ema"), ("out", "grads")):
-        if _overlap(tensors[name], tensors[other]):
-            raise ValueError(f"{name} must not share memory with {other}")
+    """Raise if two of them share memory; interleaved rows of one buffer do not."""
+    T, P = ema.shape
+    if P == 0:
+        return
+    ema_start, grads_start, out_start = ema.data_ptr(), grads.data_ptr(), out.data_ptr()
+    ema_stop = ema_start + ema.itemsize * (P + (T - 1) * ema.stride(0))
+    grads_stop = grads_start + grads.itemsize * (P + (T - 1) * grads.stride(0))
+    out_stop = out_start + out.itemsize * P
+    if grads_start < ema_stop and ema_start < grads_stop and not _interleaved(ema, grads, grads_start - ema_start):
+        raise ValueError("grads must not share memory with ema")
+    if out_start < ema_stop and ema_start < out_stop:
+        raise ValueError("out must not share memory with ema")
+    if out_start < grads_stop and grads_start < out_stop:
+        raise ValueError("out must not share memory with grads")
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors with adjacent columns share memory; interleaved rows of one buffer do not."""
-    if a.numel() == 0 or b.numel() == 0:
+def _interleaved(ema: Tensor, grads: Tensor, offset: int) -> bool:
+    """Whether the rows of two matrices with one row stride pass each other; ``offset`` from ema to grads in bytes."""
+    pitch = ema.stride(0) * ema.itemsize
+    if pitch == 0 or grads.stride(0) * grads.itemsize != pitch:  # 0: a single row, whose stride means nothing
         return False
-    (a_start, a_stop), (b_start, b_stop) = _span(a), _span(b)
-    if a_stop <= b_start or b_stop <= a_start:
-        return False
-    if a.dim() == b.dim() == 2 and (pitch := a.stride(0) * a.itemsize) == b.stride(0) * b.itemsize:
-        shift = (b_start - a_start) % pitch
-        return shift < a.shape[1] * a.itemsize or pitch - shift < b.shape[1] * b.itemsize
-    return True
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte and the one after the last of a tensor with non-negative strides."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+    shift = offset % pitch
+    return shift >= ema.shape[1] * ema.itemsize and pitch - shift >= grads.shape[1] * grads.itemsize

@@ -91,7 +91,8 @@ class FlatLayout:
         if grad.layout is not torch.strided or grad.is_complex():
             kind = "complex" if grad.is_complex() else str(grad.layout).removeprefix("torch.")
             raise TypeError(f"gradient of {slot.name!r} must be dense and real, got a {kind} one")
-        if grad.stride() == slot.strides or _same_order(grad.stride(), slot):
+        strides = grad.stride()
+        if strides == slot.strides or _same_order(strides, slot):
             return grad
         ordered = torch.empty_strided(slot.shape, slot.strides, dtype=grad.dtype, device=grad.device)
         return ordered.copy_(grad)

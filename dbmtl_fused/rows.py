@@ -28,11 +28,12 @@ class Step:
     """
 
     def __init__(self, beta: Tensor, scale: Tensor, unusable: Tensor) -> None:
-        self.betas = torch.where(unusable, 1, beta)
+        self.betas = torch.where(unusable, 1, beta).unbind()
         self.found_inf = unusable.any().to(torch.float32)
         self.scale = scale.to(beta.dtype)
         self.inv_scale = self.scale.reciprocal()
-        self.sq_norms, self.norms, self.weights = (torch.empty_like(self.betas) for _ in range(3))
+        self.sq_norms, self.norms, self.weights = (beta.new_empty(len(unusable)) for _ in range(3))
+        self.row_sq_norms = self.sq_norms.unbind()
         self.alpha_value = torch.empty_like(beta)
 
 
@@ -98,7 +99,7 @@ class _Rows:
             step.betas[task],
             step.inv_scale,
             self._partials,
-            step.sq_norms[task],
+            step.row_sq_norms[task],
             step.found_inf,
             accumulate,
         )
@@ -133,9 +134,10 @@ class EmaRows(_Rows):
     ) -> None:
         super().__init__(layout, ops, alpha, eps, state_dtype)
         self.buffer = self._zeros(T, layout.P)
+        self._rows = self.buffer.unbind()
 
     def _row(self, task: int) -> Tensor:
-        return self.buffer[task]
+        return self._rows[task]
 
     def end_task(self, task: int) -> None:
         """Nothing to do: the row stays in the buffer until ``finish``."""
@@ -146,6 +148,7 @@ class EmaRows(_Rows):
         for dtype, start, stop in self._layout.groups:
             outs.append(self._flat_grads.take(stop - start, dtype))
             self._combine(self.buffer[:, start:stop], outs[-1], slice(None), self._alpha, self._step.scale)
+        torch.autograd.graph.increment_version(self.buffer)  # for graphs that users build on views of it
         return outs
 
 

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
 from op_inputs import ALPHA_CONSTANT, CHUNK, EPS, Balanced, Combined, Row, Segments, array, run_balance, run_combine
 from torch import Tensor
+
+from dbmtl_fused import oracle
 
 
 def eps_of(dtype: torch.dtype) -> float:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import oracle
 import torch
 from torch import Tensor
 
-from dbmtl_fused import backends
+from dbmtl_fused import backends, oracle
 from dbmtl_fused._ops import ALPHA_MODES, CHUNK, GRAD_DTYPES, STATE_DTYPES
 
 __all__ = ["ALPHA_MODES", "CHUNK", "GRAD_DTYPES", "STATE_DTYPES"]

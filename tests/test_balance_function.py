@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from op_checks import assert_balanced, assert_ema, ema_magnitude
@@ -26,7 +25,7 @@ from op_inputs import (
 )
 from torch import Tensor
 
-from dbmtl_fused import backends, balance_
+from dbmtl_fused import backends, balance_, oracle
 
 T, P = 3, 130
 

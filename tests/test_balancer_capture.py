@@ -107,9 +107,7 @@ def test_a_parameter_no_task_ever_reached_gets_no_grad(backend: str, bucket_byte
     assert torch.equal(unused, torch.ones_like(unused))
 
 
-def test_what_was_in_grad_of_unreached_parameters_stays(
-    backend: str, bucket_bytes: int | str | None, rng: Rng
-) -> None:
+def test_what_was_in_grad_of_unreached_parameters_stays(backend: str, bucket_bytes: int | str | None, rng: Rng) -> None:
     net = make_net()
     unused = nn.Parameter(torch.ones(3, device=DEVICE))
     unused.grad = kept = torch.ones_like(unused)
@@ -121,9 +119,7 @@ def test_what_was_in_grad_of_unreached_parameters_stays(
 def test_empty_and_scalar_parameters(backend: str, bucket_bytes: int | str | None, rng: Rng) -> None:
     params = [nn.Parameter(torch.ones(shape, device=DEVICE)) for shape in [(), (0, 3), (2, 2)]]
     x = fixed(2, 2, rng=rng)
-    assert_follows_algorithm1(
-        params, lambda: three(params[0] * params[2] @ x + params[1].sum()), backend, bucket_bytes
-    )
+    assert_follows_algorithm1(params, lambda: three(params[0] * params[2] @ x + params[1].sum()), backend, bucket_bytes)
 
 
 # --- Memory formats
@@ -178,9 +174,7 @@ def test_parameters_in_any_memory_order(backend: str, bucket_bytes: int | str | 
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_activation_checkpointing(
-    backend: str, bucket_bytes: int | str | None, use_reentrant: bool, rng: Rng
-) -> None:
+def test_activation_checkpointing(backend: str, bucket_bytes: int | str | None, use_reentrant: bool, rng: Rng) -> None:
     """The reentrant kind delivers a leaf's gradient in parts: here one part per checkpointed use of the layer."""
     layer, x = nn.Linear(5, 5).to(DEVICE), fixed(7, 5, rng=rng).requires_grad_()
     body = nn.Sequential(layer, nn.Tanh())
@@ -260,7 +254,7 @@ def test_compiled_encoder(backend: str, bucket_bytes: int | str | None, rng: Rng
 
 
 def test_donated_buffers_of_a_compiled_encoder_are_explained(backend: str, rng: Rng) -> None:
-    """A plain backward first makes torch compile the graph for one pass; its own error does not name the cure in time."""
+    """A plain backward first makes torch compile the graph for one pass only."""
     net = make_net()
     compiled = torch.compile(net.encoder, backend="aot_eager")
     x, _ = net.batch(rng)
@@ -300,7 +294,7 @@ def test_grad_is_untouched_until_the_step_is_complete(backend: str, bucket_bytes
     assert flat([p.grad for p in params], params).tolist() == [1.0] * sum(p.numel() for p in params)
     net.losses(*net.batch(rng))[0].backward()
     assert not torch.equal(params[0].grad, torch.ones_like(params[0])), "no hook may be left behind"
-    with pytest.raises(RuntimeError, match="task '1' failed .*planted.* call reset"):
+    with pytest.raises(RuntimeError, match=r"task '1' failed .*planted.* call reset"):
         balancer.backward(net.batch_losses(rng))
     balancer.reset()
     balancer.backward(net.batch_losses(rng))

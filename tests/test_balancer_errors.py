@@ -50,8 +50,8 @@ CONSTRUCTION: dict[str, tuple[Callable[[], DBMTL], type[Exception], str]] = {
     "complex": (
         lambda: DBMTL([("w", parameter(2, dtype=torch.complex64))], num_tasks=2),
         TypeError,
-        "shared parameter 'w' must have one of the dtypes (torch.float32, torch.bfloat16, torch.float16, torch.float64), "
-        "got torch.complex64",
+        "shared parameter 'w' must have one of the dtypes (torch.float32, torch.bfloat16, torch.float16, "
+        "torch.float64), got torch.complex64",
     ),
     "sparse": (
         lambda: DBMTL([("w", torch.ones(2, 2).to_sparse().requires_grad_())], num_tasks=2),
@@ -240,7 +240,9 @@ def test_a_task_that_reaches_no_shared_parameter_is_named(backend: str) -> None:
     with pytest.raises(RuntimeError, match="the loss of task 'b' reaches no shared parameter"):
         balancer.backward([p.sum(), q.sum()])
     assert p.grad is None
-    with pytest.raises(RuntimeError, match=r"state is incomplete: .*task 'b' failed.* call reset\(\) or load_state_dict"):
+    with pytest.raises(
+        RuntimeError, match=r"state is incomplete: .*task 'b' failed.* call reset\(\) or load_state_dict"
+    ):
         balancer.backward([p.sum(), p.sum()])
     balancer.reset()
     balancer.backward([p.sum(), p.sum()])
@@ -249,7 +251,7 @@ def test_a_task_that_reaches_no_shared_parameter_is_named(backend: str) -> None:
 def test_a_loaded_state_makes_a_failed_balancer_usable() -> None:
     p, q = parameter(2), parameter(2)
     balancer = DBMTL([p], num_tasks=1)
-    state = {key: value for key, value in balancer.state_dict().items()}
+    state = balancer.state_dict()
     with pytest.raises(RuntimeError):
         balancer.backward([q.sum()])
     balancer.load_state_dict(state)
@@ -261,8 +263,8 @@ def test_a_balancer_built_before_the_model_was_converted_is_stale() -> None:
     balancer = DBMTL(layer, num_tasks=1)
     layer.half()
     expected = (
-        "the balancer is stale: shared parameter 'weight' was (3, 2) torch.float32 on cpu when it was built and is (3, 2) "
-        "torch.float16 on cpu now; build it after moving or converting the model"
+        "the balancer is stale: shared parameter 'weight' was (3, 2) torch.float32 on cpu when it was built and is "
+        "(3, 2) torch.float16 on cpu now; build it after moving or converting the model"
     )
     with pytest.raises(RuntimeError, match=re.escape(expected)):
         balancer.backward([layer.weight.float().square().sum()])

@@ -19,14 +19,18 @@ from dbmtl_fused import DBMTL
 Rng = np.random.Generator
 
 
-def steps(net: nn.Module, balancer: DBMTL, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]) -> None:
+def steps(
+    net: nn.Module, balancer: DBMTL, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]
+) -> None:
     for x, target in batches:
         optimizer.zero_grad()
         balancer.backward(net.losses(x, target))
         optimizer.step()
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 0.0}, {"alpha": None, "beta": 0.0}], ids=["EMA", "beta 0", "log only"])
+@pytest.mark.parametrize(
+    "options", [{}, {"beta": 0.0}, {"alpha": None, "beta": 0.0}], ids=["EMA", "beta 0", "log only"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_resumed_run_continues_bit_for_bit(
     backend: str, options: dict[str, Any], dtype: torch.dtype, rng: Rng, tmp_path: Path

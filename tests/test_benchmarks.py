@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch import Tensor
+
+from dbmtl_fused import oracle
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 

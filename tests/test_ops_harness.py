@@ -6,13 +6,12 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from op_checks import assert_accurate
 from op_inputs import BACKENDS, DEVICE, Guarded, assert_same_bits, in_memory_order, tensor
 
-from dbmtl_fused import backends
+from dbmtl_fused import backends, oracle
 
 
 @pytest.mark.parametrize("name", backends.BACKENDS)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from op_checks import check_balance, error
 from op_inputs import ALPHA_MODES, EPS, GRAD_DTYPES, STATE_DTYPES, array, assert_same_bits, exactly, run_balance, tensor
 from torch import Tensor
+
+from dbmtl_fused import oracle
 
 seeds = st.integers(0, 2**32 - 1)
 columns = st.integers(1, 200) | st.sampled_from([4095, 4096, 4097])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from op_checks import assert_balanced, assert_ema, check_combine, check_ema_update, ema_magnitude
@@ -21,6 +20,8 @@ from op_inputs import (
     tensor,
 )
 from torch import Tensor
+
+from dbmtl_fused import oracle
 
 NUMELS = [129, 4097, 1, 8192, 300, 77]
 SEGMENTS = Segments.of(NUMELS)

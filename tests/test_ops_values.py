@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from op_checks import assert_balanced, assert_ema, check_balance, check_combine, check_ema_update, ema_magnitude
@@ -21,6 +20,8 @@ from op_inputs import (
     tensor,
 )
 from torch import Tensor
+
+from dbmtl_fused import oracle
 
 TASKS = (1, 2, 3, 5, 11, 16, 17, 64)
 COLUMNS = (0, 1, 127, 128, 129, 4095, 4097)
