@@ -18,7 +18,9 @@ from dbmtl_fused._ops import BACKENDS, NAMESPACE
 logger = logging.getLogger("dbmtl_fused")
 
 ENVIRONMENT_VARIABLE = "DBMTL_FUSED_BACKEND"
-"""Replaces ``backend="auto"`` where set; an explicit argument beats it."""
+"""Replaces ``backend="auto"`` if set when the package is imported; an explicit argument beats it."""
+
+DEFAULT = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 
 _AUTO = {"cpu": ("cpu", "reference")}
 _AUTO_ACCELERATOR = ("cuda", "triton", "reference")
@@ -79,9 +81,7 @@ def resolve(backend: str, device: torch.device) -> str:
     :raises ValueError: If ``backend`` is not a backend's name.
     :raises RuntimeError: If an explicitly requested backend cannot run here; the message says why.
     """
-    wanted, source = backend, "backend"
-    if backend == "auto" and ENVIRONMENT_VARIABLE in os.environ:
-        wanted, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
+    wanted, source = (DEFAULT, ENVIRONMENT_VARIABLE) if backend == "auto" else (backend, "backend")
     if wanted == "auto":
         return _auto(device.type)
     if wanted not in BACKENDS:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -104,7 +107,7 @@ def test_eps(backend: str) -> None:
 def test_default_backend_is_one_of_those_there(
     matrices: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "DEFAULT", "auto")
     assert backends.resolve("auto", DEVICE) == BACKENDS[0]
     expected = balance_(matrices[0].clone(), matrices[1], 0.5, backend=BACKENDS[0])
     for actual, values in zip(balance_(*matrices, 0.5), expected, strict=True):
@@ -330,7 +333,7 @@ def test_a_backend_that_is_not_there_is_no_fallback(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(backends, "why_not", lambda name, device_type: f"no {name} today")
     name = "backend" if through == "argument" else backends.ENVIRONMENT_VARIABLE
     if through == "environment":
-        monkeypatch.setenv(name, "triton")
+        monkeypatch.setattr(backends, "DEFAULT", "triton")
     arguments = good_arguments() | {"backend": "triton" if through == "argument" else "auto"}
     message = f"{name}='triton' cannot run on {DEVICE.type} tensors here: no triton today"
     with pytest.raises(RuntimeError, match=re.escape(message)):
@@ -338,12 +341,18 @@ def test_a_backend_that_is_not_there_is_no_fallback(monkeypatch: pytest.MonkeyPa
     assert not arguments["ema"].any()
 
 
+def test_environment_variable_is_read_at_import() -> None:
+    command = [sys.executable, "-c", "from dbmtl_fused import backends; print(backends.DEFAULT)"]
+    environment = os.environ | {backends.ENVIRONMENT_VARIABLE: "fast"}
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "fast\n"
+
+
 def test_environment_variable_is_checked_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fast")
+    monkeypatch.setattr(backends, "DEFAULT", "fast")
     with pytest.raises(ValueError, match=re.escape(f"{backends.ENVIRONMENT_VARIABLE} must be one of ('auto',")):
         balance_(**(good_arguments() | {"backend": "auto"}))
 
 
 def test_argument_beats_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fast")
+    monkeypatch.setattr(backends, "DEFAULT", "fast")
     balance_(**good_arguments())
