@@ -23,9 +23,9 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
 }
 
 std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t size : tensor.sizes()) text += std::to_string(size) + ",";
-  return text + ")";
+  std::string sizes;
+  for (int64_t size : tensor.sizes()) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + sizes + (tensor.dim() == 1 ? ",)" : ")");
 }
 
 void check_on_cpu(const Tensor& tensor, const char* name) {
@@ -116,18 +116,18 @@ Alpha parse_alpha(StringHandle handle) {
 }
 
 template <class State>
-Weighting<State> weighting_of(Alpha alpha, double alpha_constant, double eps, const Tensor& norms, const Tensor& weights,
-                              int64_t T) {
+Weighting<State> weighting_of(Alpha alpha, double alpha_constant, double eps, const Tensor& norms,
+                              const Tensor& weights, int64_t T) {
   return {alpha, alpha_constant, eps, vector<State>(norms, "norms", T), vector<State>(weights, "weights", T)};
 }
 
 // A gradient of any shape and stride, read as its first numel elements in memory.
 Gradient gradient_of(const std::optional<Tensor>& grad, const int64_t* segment, int64_t P, int64_t C) {
   const int64_t start = segment[0], numel = segment[1], first_chunk = segment[2];
-  STD_TORCH_CHECK(start >= 0 && numel >= 0 && start <= P - numel, "segments must lie in row's ", P, " columns, got start ",
-                  start, " and numel ", numel);
-  STD_TORCH_CHECK(first_chunk >= 0 && first_chunk <= C - ceil_div(numel, kChunk), "the chunks of segments must lie in ", C,
-                  " partials, got numel ", numel, " and first_chunk ", first_chunk);
+  STD_TORCH_CHECK(start >= 0 && numel >= 0 && start <= P - numel, "segments must lie in row's ", P,
+                  " columns, got start ", start, " and numel ", numel);
+  STD_TORCH_CHECK(first_chunk >= 0 && first_chunk <= C - ceil_div(numel, kChunk), "the chunks of segments must lie in ",
+                  C, " partials, got numel ", numel, " and first_chunk ", first_chunk);
   if (!grad) return {nullptr, DType::kFloat32, start, numel, first_chunk};
 
   STD_TORCH_CHECK(grad->numel() == numel, "grads must have as many elements as their segments, got ", grad->numel(),
@@ -149,8 +149,8 @@ void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& gr
   STD_TORCH_CHECK(partials.dim() == 1, "partials must have shape (C,), got ", shape_of(partials));
   STD_TORCH_CHECK(segments.dim() == 2 && segments.size(1) == 3 && segments.is_contiguous(),
                   "segments must be contiguous, of shape (S, 3), got ", shape_of(segments));
-  STD_TORCH_CHECK(grads.size() == slots.size(), "grads and slots must be of the same length, got ", grads.size(), " and ",
-                  slots.size());
+  STD_TORCH_CHECK(grads.size() == slots.size(), "grads and slots must be of the same length, got ", grads.size(),
+                  " and ", slots.size());
   const int64_t P = row.size(0), C = partials.size(0), S = segments.size(0);
   const int64_t* const table = data_of<int64_t>(segments, "segments");
 
@@ -178,9 +178,9 @@ void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& gr
   });
 }
 
-void combine(const Tensor& ema, const Tensor& sq_norms, const Tensor& found_inf, const Tensor& scale, StringHandle alpha,
-             double alpha_constant, double eps, bool accumulate, const Tensor& out, const Tensor& norms,
-             const Tensor& weights, const Tensor& alpha_value) {
+void combine(const Tensor& ema, const Tensor& sq_norms, const Tensor& found_inf, const Tensor& scale,
+             StringHandle alpha, double alpha_constant, double eps, bool accumulate, const Tensor& out,
+             const Tensor& norms, const Tensor& weights, const Tensor& alpha_value) {
   const Alpha mode = parse_alpha(alpha);
   check_matrix(ema, "ema");
   const int64_t T = ema.size(0), P = ema.size(1);

@@ -1,4 +1,4 @@
-// The operators as the dispatcher calls them; contracts in dbmtl_fused/_ops.py. Arguments that would corrupt memory are errors.
+// The operators as the dispatcher calls them; contracts in dbmtl_fused/_ops.py. What would corrupt memory raises.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,9 +17,9 @@ void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& gr
                  const Tensor& sq_norm, const Tensor& found_inf, bool accumulate);
 
 // `alpha` is an owned handle: unboxing to std::string leaks the string (torch 2.11 to 2.13).
-void combine(const Tensor& ema, const Tensor& sq_norms, const Tensor& found_inf, const Tensor& scale, StringHandle alpha,
-             double alpha_constant, double eps, bool accumulate, const Tensor& out, const Tensor& norms,
-             const Tensor& weights, const Tensor& alpha_value);
+void combine(const Tensor& ema, const Tensor& sq_norms, const Tensor& found_inf, const Tensor& scale,
+             StringHandle alpha, double alpha_constant, double eps, bool accumulate, const Tensor& out,
+             const Tensor& norms, const Tensor& weights, const Tensor& alpha_value);
 
 void balance_(const Tensor& ema, const Tensor& grads, const Tensor& beta, StringHandle alpha, double alpha_constant,
               double eps, const Tensor& out, const Tensor& norms, const Tensor& weights, const Tensor& found_inf);

@@ -1,5 +1,6 @@
-// What host.cpp asks of a backend: every operator as a function on raw pointers. No torch types, so that kernels compile
-// and can be tested without torch. Symbols and shapes are those of dbmtl_fused/_ops.py; `State` is float or double.
+// What host.cpp asks of a backend: every operator as a function on raw pointers. No torch types, so that kernels
+// compile and can be tested without torch. Symbols and shapes are those of dbmtl_fused/_ops.py; State is float or
+// double.
 #pragma once
 
 #include <cstdint>
@@ -90,9 +91,9 @@ struct Balance {
 
 namespace cpu {
 
-// Calls body(begin, end) on disjoint ranges that cover [0, count), each on a thread of its own and no shorter than `grain`
-// except for the last. The same count and grain give the same thread the same range: kernels count on it for cache reuse,
-// not for their results.
+// Calls body(begin, end) on disjoint ranges that cover [0, count), each on a thread of its own and no shorter than
+// `grain` except for the last. The same count and grain give the same thread the same range: kernels count on it for
+// cache reuse, not for their results.
 using ParallelFor = void (*)(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body);
 
 template <class State>

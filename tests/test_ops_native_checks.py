@@ -44,11 +44,11 @@ def table(*rows: tuple[int, int, int]) -> torch.Tensor:
 
 CASES = [
     ("balance_", {"ema": zeros(P)}, "ema must have shape (T, P) with T >= 1, got (130,)"),
-    ("balance_", {"ema": zeros(0, P), "grads": zeros(0, P)}, "ema must have shape (T, P) with T >= 1, got (0,130,)"),
+    ("balance_", {"ema": zeros(0, P), "grads": zeros(0, P)}, "ema must have shape (T, P) with T >= 1, got (0, 130)"),
     ("balance_", {"ema": zeros(T, P, dtype=torch.float16)}, "ema must be float32 or float64, got Half"),
     ("balance_", {"ema": zeros(P, T).t()}, "ema must have adjacent columns, got stride 3"),
-    ("balance_", {"grads": zeros(T, P - 1)}, "grads must have ema's shape (3,130,), got (3,129,)"),
-    ("balance_", {"grads": zeros(T - 1, P)}, "grads must have ema's shape (3,130,), got (2,130,)"),
+    ("balance_", {"grads": zeros(T, P - 1)}, "grads must have ema's shape (3, 130), got (3, 129)"),
+    ("balance_", {"grads": zeros(T - 1, P)}, "grads must have ema's shape (3, 130), got (2, 130)"),
     ("balance_", {"grads": zeros(P, T).t()}, "grads must have adjacent columns, got stride 3"),
     (
         "balance_",
@@ -67,7 +67,7 @@ CASES = [
     ("balance_", {"found_inf": zeros(dtype=torch.bool)}, "found_inf must be Float, got Bool"),
     ("balance_", {"found_inf": zeros(0)}, "found_inf must have one element, got shape (0,)"),
     ("balance_", {"alpha": "maximum"}, "alpha must be max, min, mean, median, constant or none, got maximum"),
-    ("combine", {"ema": zeros(T, P, 1)}, "ema must have shape (T, P) with T >= 1, got (3,130,1,)"),
+    ("combine", {"ema": zeros(T, P, 1)}, "ema must have shape (T, P) with T >= 1, got (3, 130, 1)"),
     ("combine", {"ema": zeros(P, T).t()}, "ema must have adjacent columns, got stride 3"),
     ("combine", {"sq_norms": zeros(T - 1)}, "sq_norms must have shape (3,), got (2,)"),
     ("combine", {"sq_norms": zeros(T, 2)[:, 0]}, "sq_norms must have adjacent columns, got stride 2"),
@@ -78,7 +78,7 @@ CASES = [
     ("combine", {"norms": zeros()}, "norms must have shape (3,), got ()"),
     ("combine", {"weights": zeros(0)}, "weights must have shape (3,), got (0,)"),
     ("combine", {"alpha_value": zeros(0)}, "alpha_value must have one element, got shape (0,)"),
-    ("ema_update_", {"row": zeros(2, 3000)}, "row must have shape (P,), got (2,3000,)"),
+    ("ema_update_", {"row": zeros(2, 3000)}, "row must have shape (P,), got (2, 3000)"),
     ("ema_update_", {"row": zeros(10752)[::2]}, "row must have adjacent columns, got stride 2"),
     ("ema_update_", {"row": zeros(5376, dtype=torch.bfloat16)}, "row must be float32 or float64, got BFloat16"),
     ("ema_update_", {"row": zeros(5131)}, "segments must lie in row's 5131 columns, got start 5120 and numel 12"),

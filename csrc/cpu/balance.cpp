@@ -1,8 +1,8 @@
 // balance_: EMA, norms, weights and weighted sum of a ready gradient matrix.
 //
 // Math      ema = beta * ema + (1 - beta) * grads;   w_t = alpha / (|ema_t| + eps);   out = sum_t w_t ema_t
-// Traffic   fp32: phase 1 reads 8TP and writes 4TP bytes, phase 2 reads 4TP and writes 4P: 4 (4T + 1) P, less what phase 2
-//           still finds in cache.
+// Traffic   fp32: phase 1 reads 8TP and writes 4TP bytes, phase 2 reads 4TP and writes 4P. Together 4 (4T + 1) P, less
+//           what phase 2 still finds in cache.
 // Parallel  each thread takes a contiguous range of chunks of columns, with all rows, in both phases.
 // Sync      two parallel regions, the weights between them.
 // Numerics  partials are keyed by chunk of the row and summed in chunk order: no bit depends on threads.

@@ -1,12 +1,12 @@
-// EMA of adjacent columns of one row, in place, and their squared norm: phase 1 of every operator.
+// EMA of adjacent columns of one row, in place, and their squared norm: ema_update_, and phase 1 of balance_.
 //
-// Math      u = decay * m + gain * (g * inv_scale);   m' = u if finite else m;   returns sum of m'^2
-// Traffic   fp32: read m 4, read g 4, write m 4 bytes a column; nothing else leaves the registers.
+// Math      u = decay * m + gain * (g * inv_scale);   m' = u if finite else m;   returns the sum of m'^2
+// Traffic   fp32: reads m 4, g 4, writes m 4 bytes a column; nothing else leaves the registers.
 // Parallel  one thread; vectors, compiled per instruction set.
 // Sync      none.
-// Numerics  every operation rounds on its own, in the state's type (no fused multiply-add): m' equals the reference bit for
-//           bit. Squares are summed in kStepBytes of lanes, then over the lanes by halves: an order that depends on `count`
-//           alone.
+// Numerics  every operation rounds on its own, in the state's type (no fused multiply-add): m' equals the reference bit
+//           for bit. Squares are summed in kStepBytes of lanes, then over the lanes by halves: an order that depends on
+//           `count` alone.
 // Limits    m and g must not overlap.
 #include "ema_columns.h"
 
@@ -20,8 +20,13 @@ namespace {
 
 // Stands for the element type of a missing gradient: its columns only decay (adding zeros would turn -0 into 0).
 struct NoGradient {};
+template <class Element>
+constexpr bool kHasGradient = !std::is_same_v<Element, NoGradient>;
 
-// Columns of one step of the loop, in bytes of State: two vectors of the widest instruction set, whose sums run side by side.
+// Bytes to prefetch ahead: the processor stops on its own at the end of a 4 KiB page.
+constexpr int kAhead = 2048;
+
+// Columns of one step of the loop, in bytes of State: two of the widest vectors, so that their sums run side by side.
 constexpr int kStepBytes = 128;
 
 template <class State>
@@ -41,8 +46,7 @@ DBMTL_INLINE void ema_step(State* values, const Element* grads, const EmaCoeffic
     State* const at = values + i * kLanes;
     const auto old = load<State, kLanes>(at);
     auto updated = c.decay * old;
-    if constexpr (!std::is_same_v<Element, NoGradient>)
-      updated += c.gain * (load<State, kLanes>(grads + i * kLanes) * c.inv_scale);
+    if constexpr (kHasGradient<Element>) updated += c.gain * (load<State, kLanes>(grads + i * kLanes) * c.inv_scale);
     const auto residue = updated - updated;  // +0, or NaN if not finite
     const auto stored = residue == 0 ? updated : old;
     store<State, kLanes>(at, stored);
@@ -65,16 +69,21 @@ DBMTL_INLINE EmaColumns<State> finish(const Running<State, kLanes>& running) {
 template <class State, class Element>
 struct EmaLoop {
   template <int kBytes>
-  static DBMTL_INLINE EmaColumns<State> run(State* values, const Element* grads, int64_t count, EmaCoefficients<State> c) {
+  static DBMTL_INLINE EmaColumns<State> run(State* values, const Element* grads, int64_t count,
+                                            EmaCoefficients<State> c) {
     Running<State, kBytes / sizeof(State)> running;
     int64_t p = 0;
-    for (; p + kStep<State> <= count; p += kStep<State>) ema_step(values + p, grads + p, c, running);
+    for (; p + kStep<State> <= count; p += kStep<State>) {
+      prefetch<kAhead, kStepBytes>(values + p);
+      if constexpr (kHasGradient<Element>) prefetch<kAhead, kStep<State> * sizeof(Element)>(grads + p);
+      ema_step(values + p, grads + p, c, running);
+    }
     if (p < count) {  // the rest, padded: zeros stay zero and add nothing
       const size_t rest = count - p;
       State padded_values[kStep<State>] = {};
       Element padded_grads[kStep<State>] = {};
       std::memcpy(padded_values, values + p, rest * sizeof(State));
-      if constexpr (!std::is_same_v<Element, NoGradient>) std::memcpy(padded_grads, grads + p, rest * sizeof(Element));
+      if constexpr (kHasGradient<Element>) std::memcpy(padded_grads, grads + p, rest * sizeof(Element));
       ema_step(padded_values, padded_grads, c, running);
       std::memcpy(values + p, padded_values, rest * sizeof(State));
     }

@@ -17,7 +17,7 @@ struct EmaColumns {
   bool finite;    // false if an entry was kept because its update was not finite
 };
 
-// values[p] = decay * values[p] + gain * (grads[p] * inv_scale) for p < count <= kChunk, on this thread; grads may be null.
+// values[p] = decay * values[p] + gain * (grads[p] * inv_scale) for p < count, on this thread; grads may be null.
 template <class State>
 EmaColumns<State> ema_columns(State* values, const void* grads, DType grads_dtype, int64_t count,
                               const EmaCoefficients<State>& coefficients);

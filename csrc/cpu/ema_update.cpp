@@ -1,13 +1,13 @@
 // ema_update_: one task's gradients, wherever they are, into its row of the EMA.
 //
-// Math      row = beta * row + (1 - beta) * (g * inv_scale), or row + ... if accumulate; partials of the chunks touched;
-//           sq_norm = sum of all partials
-// Traffic   fp32: 12 bytes a column of the listed parameters, 4 ceil(P / kChunk) for the sum.
-// Parallel  the columns of all gradients, end to end, are dealt to the threads in equal ranges; a chunk goes to the thread
-//           that has its first column.
+// Math      row = beta * row + (1 - beta) * (g * inv_scale), or row + (1 - beta) * ... if accumulate; the partials of
+//           the chunks touched; sq_norm = sum of all partials
+// Traffic   fp32: 12 bytes a column of the listed parameters, and 4 ceil(P / kChunk) for the sum.
+// Parallel  the columns of all gradients, laid end to end, are dealt to the threads in equal ranges; a chunk belongs to
+//           the thread that has its first column.
 // Sync      one parallel region.
-// Numerics  partials are keyed by chunk and summed in chunk order: no bit depends on threads, or on which gradients come in
-//           one call.
+// Numerics  partials are keyed by chunk and summed in chunk order: no bit depends on threads, nor on which gradients
+//           share a call.
 // Limits    no slot twice in one call.
 #include <algorithm>
 #include <atomic>
@@ -34,12 +34,13 @@ void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for) {
     bool finite = true;
     for (int64_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); i < args.num_gradients; ++i) {
       const Gradient& gradient = args.gradients[i];
-      const int64_t base = ends[i] - gradient.numel;
+      const int64_t base = ends[i] - gradient.numel;  // its first column among all
       if (base >= end) break;
-      // The chunks whose first column is in [begin, end).
-      for (int64_t c = ceil_div(std::max<int64_t>(begin - base, 0), kChunk); c < ceil_div(gradient.numel, kChunk); ++c) {
+      // Chunks whose first column is in [begin, end).
+      const int64_t first = ceil_div(std::max<int64_t>(begin - base, 0), kChunk);
+      const int64_t last = ceil_div(std::min(end - base, gradient.numel), kChunk);
+      for (int64_t c = first; c < last; ++c) {
         const int64_t offset = c * kChunk;
-        if (base + offset >= end) break;
         const void* const grads = gradient.data ? element(gradient.data, gradient.dtype, offset) : nullptr;
         const auto chunk = ema_columns(args.row + gradient.start + offset, grads, gradient.dtype,
                                        std::min(kChunk, gradient.numel - offset), coefficients);

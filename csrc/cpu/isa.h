@@ -14,8 +14,8 @@ constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512f"};
 constexpr const char* kIsaNames[] = {"baseline"};
 #endif
 
-// The best one of this machine, capped by the environment variable DBMTL_FUSED_CPU_ISA (for tests: results may not depend on
-// it). Throws std::invalid_argument if that is not one of kIsaNames; constant from the first call on.
+// The best one of this machine, capped by the environment variable DBMTL_FUSED_CPU_ISA (for tests: results may not
+// depend on it). Throws std::invalid_argument if that is not one of kIsaNames; constant from the first call on.
 Isa isa();
 
 }  // namespace dbmtl_fused::cpu

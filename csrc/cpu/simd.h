@@ -1,7 +1,8 @@
 // Vectors, and the conversions between elements in memory and vectors of State.
 //
-// Loops are written for vectors of kBytes and compiled for each instruction set with its own. What goes element by element
-// has the same bits in all of them (-ffp-contract=off: no fused multiply-add); a sum has if its number of lanes is fixed.
+// Loops are written for vectors of kBytes and compiled for each instruction set with its own. What goes element by
+// element has the same bits in all of them (-ffp-contract=off: no fused multiply-add); a sum has, if its number of
+// lanes is fixed.
 #pragma once
 
 #include <cstdint>
@@ -88,6 +89,15 @@ DBMTL_INLINE void store_bits(void* to, const VectorType& bits) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
+// Fetches kBytes into the first-level cache, from kAhead bytes after `from`. May point anywhere.
+template <int kAhead, int kBytes>
+DBMTL_INLINE void prefetch(const void* from) {
+  constexpr int kCacheLine = 64;
+  const auto address = reinterpret_cast<uintptr_t>(from) + kAhead;
+  for (int line = 0; line < kBytes; line += kCacheLine)
+    __builtin_prefetch(reinterpret_cast<const void*>(address + line));
+}
+
 template <int N>
 DBMTL_INLINE Vector<float, N> floats_of(BFloat16, const Vector<uint16_t, N>& bits) {
   return reinterpret_cast<Vector<float, N>>(__builtin_convertvector(bits, Vector<uint32_t, N>) << 16);
@@ -102,7 +112,7 @@ DBMTL_INLINE Vector<float, N> floats_of(Float16, const Vector<uint16_t, N>& bits
   // Move the exponent from bias 15 to bias 127; infinities and NaNs keep theirs all ones.
   const Int normal = magnitude + (112 << 23);
   const Int special = magnitude + (224 << 23);
-  // A subnormal half is exact as the difference of two normal floats; subnormal floats would be slow, or flushed to zero.
+  // A subnormal half is the exact difference of two normal floats; subnormal floats would be slow, or flushed to zero.
   const Int two_to_minus_14 = Int{} + (113 << 23);
   const Int subnormal = reinterpret_cast<Int>(reinterpret_cast<Float>(magnitude + two_to_minus_14) -
                                               reinterpret_cast<Float>(two_to_minus_14));

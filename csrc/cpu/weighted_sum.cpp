@@ -1,12 +1,12 @@
 // Weighted sum of the rows: phase 2 of combine and balance_.
 //
 // Math      out[p] = (out[p] if accumulate else 0) + sum_t weights[t] * rows[t, p]
-// Traffic   fp32: read 4T, write 4 bytes a column (read 4 more if accumulate).
-// Parallel  chunks of columns, in contiguous ranges; vectors, compiled per instruction set. kVectors vectors of sums stay in
-//           registers while the loop goes down the rows.
+// Traffic   fp32: reads 4T, writes 4 bytes a column; reads 4 more if accumulate.
+// Parallel  chunks of columns, in contiguous ranges; vectors, compiled per instruction set. kVectors vectors of sums
+//           stay in registers while the loop goes down the rows.
 // Sync      one parallel region.
-// Numerics  products and sums round one by one in the state's type, in task order, then once to out's type: bit for bit the
-//           reference, for any instruction set.
+// Numerics  products and sums round one by one in the state's type, in task order, then once to out's type: bit for bit
+//           the reference.
 // Limits    rows and out must not overlap.
 #include "weighted_sum.h"
 
@@ -20,9 +20,12 @@ namespace {
 
 constexpr int kVectors = 4;
 
+// Bytes of a row to prefetch ahead: with many rows, more streams than the processor follows on its own.
+constexpr int kAhead = 512;
+
 template <class State, class Out>
 struct WeightedSumLoop {
-  // One block of columns. `rest` < block: only that many exist.
+  // One block of columns, of which only `rest` exist if it is not whole.
   template <int kLanes, bool kWhole>
   static DBMTL_INLINE void block(const State* rows, int64_t stride, const State* weights, int64_t T, size_t rest,
                                  bool accumulate, Out* out) {
@@ -37,7 +40,10 @@ struct WeightedSumLoop {
     }
     for (int64_t t = 0; t < T; ++t) {
       const State* row = rows + t * stride;
-      if constexpr (!kWhole) row = static_cast<const State*>(std::memcpy(padded_row, row, rest * sizeof(State)));
+      if constexpr (kWhole)
+        prefetch<kAhead, kBlock * sizeof(State)>(row);
+      else
+        row = static_cast<const State*>(std::memcpy(padded_row, row, rest * sizeof(State)));
       for (int i = 0; i < kVectors; ++i) sums[i] += weights[t] * load<State, kLanes>(row + i * kLanes);
     }
     for (int i = 0; i < kVectors; ++i) store<State, kLanes>(target + i * kLanes, sums[i]);
@@ -59,16 +65,16 @@ struct WeightedSumLoop {
 }  // namespace
 
 template <class State>
-void weighted_sum(const State* rows, int64_t stride, int64_t T, int64_t P, const State* weights, bool accumulate, void* out,
-                  DType out_dtype, ParallelFor parallel_for) {
+void weighted_sum(const State* rows, int64_t stride, int64_t T, int64_t P, const State* weights, bool accumulate,
+                  void* out, DType out_dtype, ParallelFor parallel_for) {
   with_element_type(out_dtype, [&](auto element) {
     using Out = decltype(element);
     parallel_for(ceil_div(P, kChunk), chunk_grain(T), [&](int64_t begin, int64_t end) {
       // Backwards: what phase 1 touched last is still in this core's cache.
       for (int64_t c = end; c-- > begin;) {
         const int64_t start = c * kChunk;
-        run_widest<WeightedSumLoop<State, Out>>(rows + start, stride, weights, T, std::min(kChunk, P - start), accumulate,
-                                                static_cast<Out*>(out) + start);
+        run_widest<WeightedSumLoop<State, Out>>(rows + start, stride, weights, T, std::min(kChunk, P - start),
+                                                accumulate, static_cast<Out*>(out) + start);
       }
     });
   });

@@ -1,11 +1,12 @@
 // Squared norms to weights.
 //
 // Math      n_t = sqrt(sq_norm_t);   alpha = max, min, ... of n;   w_t = alpha / (n_t + eps), or 1, or NaN
-// Traffic   O(T), and O(P / kChunk) for the sums.
+// Traffic   O(T), and O(P / kChunk) for sums of partials.
 // Parallel  one thread.
 // Sync      none.
-// Numerics  one rounding an operation, in the state's type, as in the reference; the mean's sum may associate differently
-//           there. A NaN norm reaches alpha, also through max, min and median (where it counts as the largest).
+// Numerics  one rounding an operation, in the state's type. Bit for bit the reference, with two exceptions on its side:
+//           torch's sqrt (MKL) is now and then one ulp off, and its mean of more than four norms associates otherwise.
+//           A NaN norm reaches alpha: max and min return it, median sorts it last.
 // Limits    T >= 1.
 #include "weights.h"
 
