@@ -36,7 +36,8 @@ def native_module() -> Extension:
         return Extension(MODULE, sources=[])  # keeps its place, so that OptionalBuild runs and records why
     warnings = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("DBMTL_FUSED_WERROR") == "1" else [])]
     major, minor = TORCH_TARGET
-    # As system headers: their warnings are not ours. pybind11's own first, for torch's copy refuses TORCH_TARGET_VERSION.
+    # As system headers: their warnings are not ours. pybind11's own come first: torch's copy refuses
+    # TORCH_TARGET_VERSION.
     headers = [pybind11.get_include(), *include_paths()]
     extension = CppExtension(
         MODULE,
@@ -81,7 +82,8 @@ class OptionalBuild(BuildExtension):
 def check_requirements() -> None:
     if missing is not None:
         raise RuntimeError(
-            f"torch and pybind11 are needed at build time ({missing}): install them, then this with --no-build-isolation"
+            f"torch and pybind11 are needed at build time ({missing}): "
+            "install them, then this with --no-build-isolation"
         )
     if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_TARGET:
         raise RuntimeError(f"torch >= {'.'.join(map(str, TORCH_TARGET))} is needed, found {torch.__version__}")
