@@ -223,6 +223,41 @@ def test_losses_of_one_element_and_several_dtypes(backend: str, rng: Rng) -> Non
     assert np.isfinite(grads_of(encoder_of(net))).all()
 
 
+# --- Gradient scalers
+
+
+def test_scaling_the_drop_in_loss_scales_grads_but_not_the_ema(backend: str, rng: Rng) -> None:
+    """Scaled before the log, a loss scale would cancel; scaled after it, the EMA must not see it."""
+    (net, balancer), (other, other_balancer) = twins(backend)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
+    for _ in range(3):
+        x, target = net.batch(rng)
+        net.zero_grad()
+        other.zero_grad()
+        scaler.scale(balancer(net.losses(x, target))).backward()
+        other_balancer.backward(other.losses(x, target))
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad * 2.0**16), "a power of two scales without rounding"
+    for name, m in balancer.ema.items():
+        assert torch.equal(m, other_balancer.ema[name])
+
+
+def test_a_scaler_skips_the_step_of_a_bad_batch_and_backs_off(backend: str, rng: Rng) -> None:
+    net = make_net()
+    balancer = DBMTL(net.encoder, num_tasks=3, backend=backend)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
+    optimizer = torch.optim.AdamW(net.encoder.parameters())
+    before = [p.clone() for p in net.encoder.parameters()]
+    losses = net.batch_losses(rng)
+    losses[2] = losses[2] * torch.inf
+    scaler.scale(balancer(losses)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**15
+    for p, kept in zip(net.encoder.parameters(), before, strict=True):
+        assert torch.equal(p, kept)
+
+
 # --- Heads
 
 
