@@ -45,5 +45,5 @@ $(PYTHON):
 # The stamp of one set of extras. Compiler warnings are errors for developers only: users' compilers are not ours to know.
 $(VENV)/.dbmtl_fused-%: pyproject.toml setup.py $(NATIVE) | $(PYTHON)
 	$(PIP) install "setuptools>=77" "ninja" "pybind11>=2.12" "$(TORCH)"
-	DBMTL_FUSED_WERROR=$(if $(filter dev,$*),1,0) $(PIP) install --no-build-isolation --editable ".[$*]"
+	DBMTL_FUSED_WERROR=$(if $(filter dev,$*),1,0) $(PIP) install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, epochs: int) -> None:
     parser.add_argument("--seed", type=int, default=0, help="first seed (default %(default)s)")
     parser.add_argument("--seeds", type=positive, default=1, help="how many seeds (default %(default)s)")
     parser.add_argument("--epochs", type=positive, default=epochs, help="default %(default)s")
-    # One: layers this small gain little from two, and where others are at work too, lose a factor of ten.
+    # One: on a busy machine two threads that wait for each other can be ten times slower.
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default %(default)s)")
 
 
@@ -113,7 +114,9 @@ def run_study(
     """
     results: dict[str, list[Result]] = {name: [] for name in (SINGLE_TASK, *(method.name for method in methods))}
     backend = ""
-    with tqdm(unit="step", dynamic_ncols=True) as bar:
+    # Where nobody watches, a line now and then is enough for the log.
+    seconds_per_line = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(unit="step", dynamic_ncols=True, mininterval=seconds_per_line) as bar:
         for seed in range(settings.seed, settings.seed + seeds):
             problem, of_seed = load_problem(seed), replace(settings, seed=seed)
             tasks = problem.tasks
