@@ -1,8 +1,9 @@
 """The operators in pure torch: the definition of correct, for every device.
 
 Arithmetic is written so that a native backend can match it bit for bit where the order of operations is fixed:
-products and sums are rounded one by one (no fused multiply-add) and rows are added in task order. Only sums of squares
-may associate differently.
+products and sums are rounded one by one (no fused multiply-add) and rows are added in task order. Norms may differ in
+the last bits: sums of squares associate differently, and torch's own square root is not always correctly rounded. What
+follows from them, weights and the weighted sum, is the same given the same norms, but for the mean of five or more.
 """
 
 from __future__ import annotations

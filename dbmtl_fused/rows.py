@@ -19,7 +19,7 @@ class Step:
     """The small tensors of one step, fresh each step, so that what users keep stays what it was.
 
     ``norms``, ``weights`` ``(T,)``, ``alpha_value`` 0-d: results. ``sq_norms`` ``(T,)``, ``found_inf``, ``scale``,
-    ``inv_scale`` 0-d: see ``_ops``.
+    ``inv_scale`` 0-d: see ``_ops``. ``betas``, ``row_sq_norms``: the 0-d coefficient and squared norm of each row.
 
     :param beta: EMA coefficient, 0-d, of the state's dtype.
     :param scale: Factor on the gradients that come in and, again, on those that go out, 0-d.
