@@ -74,14 +74,14 @@ class CompiledReference:
 
     def __init__(self, ema: Tensor, grads: Tensor, beta: float) -> None:
         T, P = ema.shape
-        self.ema, self.grads, self.beta = ema.clone(), grads.clone(), torch.tensor(beta, dtype=ema.dtype)
+        self.ema, self.grads, self.beta = ema.clone(), grads.clone(), ema.new_tensor(beta)
         self.out, self.norms, self.weights = ema.new_empty(P), ema.new_empty(T), ema.new_empty(T)
-        self.found_inf = torch.zeros(())
+        self.found_inf = torch.zeros((), device=ema.device)
         self.compiled = torch.compile(reference_balance_, fullgraph=True)
 
     def __call__(self) -> Tensor:
         self.compiled(
-            self.ema, self.grads, self.beta, "max", 0.0, EPS, self.out, self.norms, self.weights, self.found_inf
+            self.ema, self.grads, self.beta, None, "max", 0.0, EPS, self.out, self.norms, self.weights, self.found_inf
         )
         return self.out
 

@@ -1,16 +1,27 @@
-// What host.cpp asks of a backend: every operator as a function on raw pointers. No torch types, so that kernels
-// compile and can be tested without torch. Symbols and shapes are those of dbmtl_fused/_ops.py; State is float or
-// double.
+// What a host file asks of its backend's kernels: the arguments of every operator as raw pointers. No torch types, so
+// that kernels compile and can be tested without torch. Symbols and shapes are those of dbmtl_fused/_ops.py. State is
+// float, double or BFloat16, Real what it is computed in. Addresses are the device's, but for that of `gradients`.
 #pragma once
 
 #include <cstdint>
-#include <functional>
+#include <type_traits>
 
 namespace dbmtl_fused {
 
 constexpr int64_t kChunk = 4096;  // CHUNK of _ops.py: columns summed into one partial squared norm
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// State that is rounded stochastically.
+template <class State>
+constexpr bool kIsRounded = std::is_same_v<State, BFloat16>;
+
+template <class State>
+using RealOf = std::conditional_t<kIsRounded<State>, float, State>;
 
 // Element type of gradients and of `out`; the state's is the template argument.
 enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
@@ -35,46 +46,53 @@ struct Gradient {
 
 template <class State>
 struct EmaUpdate {
+  using Real = RealOf<State>;
+
   State* row;  // (P,)
   const Gradient* gradients;
   int64_t num_gradients;
-  const State* beta;
-  const State* inv_scale;
-  State* partials;  // (C,)
+  const Real* beta;
+  const Real* inv_scale;
+  const int64_t* seed;  // null unless kIsRounded<State>
+  Real* partials;       // (C,)
   int64_t C;
-  State* sq_norm;
+  Real* sq_norm;
   float* found_inf;
   bool accumulate;
 };
 
 // How squared norms become weights.
-template <class State>
+template <class Real>
 struct Weighting {
   Alpha alpha;
   double alpha_constant;
   double eps;
-  State* norms;    // (T,)
-  State* weights;  // (T,)
+  Real* norms;    // (T,)
+  Real* weights;  // (T,)
 };
 
 template <class State>
 struct Combine {
+  using Real = RealOf<State>;
+
   const State* ema;  // (T, P)
   int64_t ema_stride;
   int64_t T;
   int64_t P;
-  const State* sq_norms;  // (T,)
+  const Real* sq_norms;  // (T,)
   const float* found_inf;
-  const State* scale;
-  Weighting<State> weighting;
+  const Real* scale;
+  Weighting<Real> weighting;
   bool accumulate;
   void* out;  // (P,)
   DType out_dtype;
-  State* alpha_value;
+  Real* alpha_value;
 };
 
 template <class State>
 struct Balance {
+  using Real = RealOf<State>;
+
   State* ema;  // (T, P)
   int64_t ema_stride;
   const void* grads;  // (T, P)
@@ -82,28 +100,12 @@ struct Balance {
   int64_t grads_stride;
   int64_t T;
   int64_t P;
-  const State* beta;
-  Weighting<State> weighting;
+  const Real* beta;
+  const int64_t* seed;  // of the first row; null unless kIsRounded<State>
+  Weighting<Real> weighting;
   void* out;  // (P,)
   DType out_dtype;
   float* found_inf;
 };
 
-namespace cpu {
-
-// Calls body(begin, end) on disjoint ranges that cover [0, count), each on a thread of its own and no shorter than
-// `grain` except for the last. The same count and grain give the same thread the same range: kernels count on it for
-// cache reuse, not for their results.
-using ParallelFor = void (*)(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body);
-
-template <class State>
-void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for);
-
-template <class State>
-void launch_combine(const Combine<State>& args, ParallelFor parallel_for);
-
-template <class State>
-void launch_balance(const Balance<State>& args, ParallelFor parallel_for);
-
-}  // namespace cpu
 }  // namespace dbmtl_fused

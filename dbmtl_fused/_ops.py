@@ -7,8 +7,12 @@ compared in one process. Implementations are registered elsewhere: ``reference``
 Shared conventions:
 
 * ``T`` tasks, ``P`` columns. A matrix may have any row stride; its columns are adjacent.
-* State (``ema``, ``row``) is float32, or float64; ``beta``, ``scale``, ``norms``, ``weights``, ... have the state's
-  dtype and live on its device, so that no step ever waits for the host.
+* State (``ema``, ``row``) is float32, float64 or bfloat16. Arithmetic is done, and ``beta``, ``scale``, ``norms``,
+  ``weights``, ... are held, in :func:`compute_dtype` of it, on its device, so that no step ever waits for the host.
+* bfloat16 state is rounded stochastically: what lies between two neighbours becomes either, so that their mean is
+  right, and an update too small for one step is not lost over many. ``seed`` (0-d int64) is given for it and for no
+  other state; which random bits it stands for is written down in :mod:`dbmtl_fused.rounding`. Norms are those of the
+  stored values.
 * Gradients and ``out`` may be float32, bfloat16, float16 or float64, whatever the state.
 * ``found_inf`` (0-d float32, as in ``torch.amp``) is read and written: an EMA entry whose update is not finite stays
   as it was and sets it to 1; once it is set, ``weights`` and with them ``out`` are NaN.
@@ -33,13 +37,18 @@ CHUNK = 4096
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What gradients and ``out`` may be."""
 
-STATE_DTYPES = (torch.float32, torch.float64)
-"""What the EMA and everything computed from it may be."""
+STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+"""What the EMA may be."""
 
 ALPHA_MODES = ("max", "min", "mean", "median", "constant", "none")
 """What ``alpha`` is made of; ``"none"`` switches the magnitude balancing off (weights 1)."""
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def compute_dtype(state_dtype: torch.dtype) -> torch.dtype:
+    """What is computed in, and what norms, weights and coefficients are held in: float32, or float64 for float64."""
+    return torch.promote_types(state_dtype, torch.float32)
 
 
 def _define(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -61,6 +70,14 @@ def _check_devices(*tensors: Tensor) -> None:
     torch._check(len(devices) == 1, lambda: f"all tensors must be on one device, got {sorted(map(str, devices))}")
 
 
+def _check_seed(name: str, state: Tensor, seed: Tensor | None) -> None:
+    needed = state.dtype not in (torch.float32, torch.float64)
+    torch._check(
+        (seed is not None) == needed,
+        lambda: f"seed must be given if and only if {name} is rounded stochastically, got {seed} for {state.dtype}",
+    )
+
+
 def _check_vectors(T: int, **vectors: Tensor) -> None:
     for name, vector in vectors.items():
         message = f"{name} must have shape ({T},), got {tuple(vector.shape)}"
@@ -68,19 +85,23 @@ def _check_vectors(T: int, **vectors: Tensor) -> None:
 
 
 @_define(
-    "ema_update_(Tensor(a!) row, Tensor?[] grads, int[] slots, Tensor segments, Tensor beta, Tensor inv_scale, "
-    "Tensor(b!) partials, Tensor(c!) sq_norm, Tensor(d!) found_inf, bool accumulate) -> ()"
+    "ema_update_(Tensor(a!) row, Tensor?[] grads, int[] slots, Tensor segments, Tensor chunks, Tensor beta, "
+    "Tensor inv_scale, Tensor? seed, Tensor(b!) partials, Tensor(c!) sq_norm, Tensor(d!) found_inf, "
+    "Tensor(e!) arrivals, bool accumulate) -> ()"
 )
 def _ema_update_fake(
     row: Tensor,
     grads: Sequence[Tensor | None],
     slots: Sequence[int],
     segments: Tensor,
+    chunks: Tensor,
     beta: Tensor,
     inv_scale: Tensor,
+    seed: Tensor | None,
     partials: Tensor,
     sq_norm: Tensor,
     found_inf: Tensor,
+    arrivals: Tensor,
     accumulate: bool,
 ) -> None:
     """Gather gradients of one task into its row of the EMA and keep the row's squared norm up to date.
@@ -95,15 +116,21 @@ def _ema_update_fake(
     :param row: One row of the EMA, shape ``(P,)``; updated in place.
     :param grads: Dense gradients in the memory order of their parameters; the shape is irrelevant.
     :param slots: Which row of ``segments`` each gradient belongs to; no slot twice.
-    :param segments: ``(start, numel, first_chunk)`` of every parameter, shape ``(S, 3)``, int64.
+    :param segments: ``(start, numel, first_chunk)`` of every parameter, shape ``(S, 3)``, int64, **on the CPU**: what
+        the host must know to launch.
+    :param chunks: ``(slot, start, numel)`` of every chunk, shape ``(C, 3)``, int64: the same seen by a kernel; see
+        :func:`dbmtl_fused.layout.chunk_table`.
     :param beta: EMA coefficient of this step, 0-d.
     :param inv_scale: What gradients are multiplied by first, 0-d.
+    :param seed: Of the rounding of this row in this step.
     :param partials: Squared norm of every chunk of the row, shape ``(C,)``.
     :param sq_norm: Squared norm of the row, 0-d; only complete once every slot was updated for this step.
     :param found_inf: See the module's conventions.
+    :param arrivals: Scratch by which a kernel knows its last block, 0-d int32; 0 before and after.
     """
-    given = [grad for grad in grads if grad is not None]
-    _check_devices(row, segments, beta, inv_scale, partials, sq_norm, found_inf, *given)
+    given = [grad for grad in (*grads, seed) if grad is not None]
+    _check_devices(row, chunks, beta, inv_scale, partials, sq_norm, found_inf, arrivals, *given)
+    _check_seed("row", row, seed)
     torch._check(row.dim() == 1, lambda: f"row must be 1-D, got {row.dim()}-D")
     torch._check(len(grads) == len(slots), lambda: f"got {len(grads)} grads for {len(slots)} slots")
 
@@ -149,13 +176,14 @@ def _combine_fake(
 
 
 @_define(
-    "balance_(Tensor(a!) ema, Tensor grads, Tensor beta, str alpha, float alpha_constant, float eps, "
+    "balance_(Tensor(a!) ema, Tensor grads, Tensor beta, Tensor? seed, str alpha, float alpha_constant, float eps, "
     "Tensor(b!) out, Tensor(c!) norms, Tensor(d!) weights, Tensor(e!) found_inf) -> ()"
 )
 def _balance_fake(
     ema: Tensor,
     grads: Tensor,
     beta: Tensor,
+    seed: Tensor | None,
     alpha: str,
     alpha_constant: float,
     eps: float,
@@ -168,10 +196,12 @@ def _balance_fake(
 
     :param ema: Shape ``(T, P)``; updated in place.
     :param grads: Shape ``(T, P)``; must not overlap ``ema``.
+    :param seed: Of the rounding of the first row; ``seed + t`` is that of row ``t``.
 
     The rest as in ``ema_update_`` and ``combine``.
     """
-    _check_devices(ema, grads, beta, out, norms, weights, found_inf)
+    _check_devices(ema, grads, beta, out, norms, weights, found_inf, *([] if seed is None else [seed]))
+    _check_seed("ema", ema, seed)
     torch._check(
         ema.shape == grads.shape,
         lambda: f"ema {tuple(ema.shape)} and grads {tuple(grads.shape)} must have the same shape",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dbmtl_fused import backends
-from dbmtl_fused._ops import STATE_DTYPES
+from dbmtl_fused._ops import STATE_DTYPES, compute_dtype
 from dbmtl_fused.capture import BucketCapture, Capture, GradCapture
 from dbmtl_fused.engine import backward_pass, balanced_loss
 from dbmtl_fused.functional import alpha_arguments, check_finite_float
@@ -52,8 +52,8 @@ class DBMTL:
         without the log too it is equal weighting, the plain sum of losses: both take one backward pass.
     :param eps: Added to norms, > 0.
     :param log_eps: Added to losses under the log, > 0.
-    :param state_dtype: dtype of the EMA and of all arithmetic: float32, or float64. None: float64 if any shared
-        parameter is float64, else float32.
+    :param state_dtype: dtype of the EMA: float32, float64, or bfloat16, which halves the buffer and is rounded
+        stochastically (arithmetic stays in float32). None: float64 if any shared parameter is float64, else float32.
     :param bucket_bytes: None gathers gradients from ``.grad`` after each task's backward pass; ``n`` takes them on
         their way there, in buckets of at least ``n`` bytes, of which one is alive at a time. ``"auto"``: 1 MiB on
         CPUs, else None.
@@ -142,7 +142,8 @@ class DBMTL:
             self._rows.buffer.zero_()
         self._reached = [False] * len(self._params)  # by any task, ever
         self._failure: str | None = None
-        unmeasured = torch.full((self.num_tasks,), torch.nan, dtype=self._state_dtype, device=self.layout.device)
+        dtype, device = compute_dtype(self._state_dtype), self.layout.device
+        unmeasured = torch.full((self.num_tasks,), torch.nan, dtype=dtype, device=device)
         self.norms, self.weights, self.alpha_value = unmeasured, unmeasured.clone(), unmeasured[0].clone()
 
     def backward(
@@ -206,7 +207,7 @@ class DBMTL:
         """
         rows = self._rows
         assert rows is not None, "a plain sum has no balanced gradients"
-        step = Step(self._beta_k(), scale, losses.unusable())
+        step = Step(self._beta_k(), scale, losses.unusable(), self._step)
         keep = [retain_graph or shared for shared in self._shared_graphs(losses)]
         self._task = 0
         try:
@@ -334,7 +335,7 @@ class DBMTL:
                         )
 
     def _beta_k(self) -> Tensor:
-        return (self.beta / (self._step + 1).double().pow(self.beta_sigma)).to(self._state_dtype)
+        return (self.beta / (self._step + 1).double().pow(self.beta_sigma)).to(compute_dtype(self._state_dtype))
 
     def _shared_graphs(self, losses: TaskLosses) -> list[bool]:
         """Which tasks' graphs must outlive their backward pass.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dbmtl_fused import backends
-from dbmtl_fused._ops import GRAD_DTYPES, STATE_DTYPES
+from dbmtl_fused._ops import GRAD_DTYPES, STATE_DTYPES, compute_dtype
 from dbmtl_fused.functional import balance_
 from dbmtl_fused.layout import FlatLayout
 from dbmtl_fused.rows import EmaRows, Step
@@ -94,9 +94,10 @@ def _one_shot(
     ema = torch.zeros(T, P, dtype=state_dtype, device=device)
     out = torch.full((P,), torch.nan, dtype=state_dtype, device=device)
     expected, errors = None, []
-    for _ in range(STEPS):
+    for k in range(STEPS):
         grads = _random(shape, grad_dtype, device, random)
-        _, norms, weights = balance_(ema, grads, BETA, eps=EPS, out=out, backend=backend)
+        seed = k * T if state_dtype is torch.bfloat16 else None
+        _, norms, weights = balance_(ema, grads, BETA, eps=EPS, seed=seed, out=out, backend=backend)
         expected, error = _compare(expected, grads, ema, norms, weights, out)
         errors.append(error)
     return max(errors)
@@ -111,9 +112,9 @@ def _streaming(
     layout = FlatLayout(params)
     rows = EmaRows(T, layout, backends.operators(backend), ("max", 0.0), EPS, state_dtype)
     expected, errors = None, []
-    for _ in range(STEPS):
-        beta, one = (torch.tensor(value, dtype=state_dtype, device=device) for value in (BETA, 1.0))
-        step = Step(beta, one, torch.zeros(T, dtype=torch.bool, device=device))
+    for k in range(STEPS):
+        beta, one = (torch.tensor(value, dtype=compute_dtype(state_dtype), device=device) for value in (BETA, 1.0))
+        step = Step(beta, one, torch.zeros(T, dtype=torch.bool, device=device), torch.tensor(k, device=device))
         rows.begin(step)
         flat_grads = torch.zeros(T, layout.P, dtype=torch.float64, device=device)
         *whole, (last, _) = enumerate(layout.slots)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dbmtl_fused import backends
-from dbmtl_fused._ops import GRAD_DTYPES, STATE_DTYPES
+from dbmtl_fused._ops import GRAD_DTYPES, STATE_DTYPES, compute_dtype
 
 ALPHA_NAMES = ("max", "min", "mean", "median")
 
@@ -21,6 +21,7 @@ def balance_(
     *,
     eps: float = 1e-8,
     alpha: str | float | None = "max",
+    seed: int | Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,17 +36,20 @@ def balance_(
 
     Not differentiable: gradients go in, a gradient comes out.
 
-    :param ema: EMA of the task gradients, shape ``(T, P)``, float32 or float64, adjacent columns; updated in place.
+    :param ema: EMA of the task gradients, shape ``(T, P)``, float32, float64 or bfloat16, adjacent columns; updated in
+        place. bfloat16 is rounded stochastically, so that updates too small for one step are not lost over many.
     :param grads: Task gradients, shape ``(T, P)``, float32, bfloat16, float16 or float64, adjacent columns.
     :param beta: EMA coefficient of this step in ``[0, 1)``: a number, or a 0-d tensor on the same device that is read
         by the kernel without a host sync (and whose range is therefore not checked).
     :param eps: Added to the norms, > 0.
     :param alpha: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` of the norms, a positive number, or None for a plain
         sum (weights 1).
+    :param seed: For a bfloat16 ``ema``, and only then: what its rounding is drawn from, an integer or a 0-d int64
+        tensor on the same device. Row ``t`` takes ``seed + t``, so give ``T`` more at each step.
     :param out: Where to write the sum, shape ``(P,)``, any of the dtypes of ``grads``; by default a new tensor of the
         dtype of ``grads``.
     :param backend: ``"auto"``, or the one to use: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``.
-    :returns: ``out (P,)``, ``norms (T,)``, ``weights (T,)``; the latter two in the dtype of ``ema``.
+    :returns: ``out (P,)``, ``norms (T,)``, ``weights (T,)``; the latter two float32, or float64 if ``ema`` is.
     :raises TypeError: If an argument has the wrong type or dtype.
     :raises ValueError: If a shape, device, stride or value does not fit, or tensors overlap.
     :raises RuntimeError: If the requested backend cannot run here.
@@ -64,7 +68,7 @@ def balance_(
     T, P = ema.shape
     if T == 0:
         raise ValueError("ema must have at least one row (task), got shape " + str(tuple(ema.shape)))
-    beta = _beta_tensor(beta, ema)
+    beta, seed = _beta_tensor(beta, ema), _seed_tensor(seed, ema)
     if out is None:
         out = torch.empty(P, dtype=grads.dtype, device=grads.device)
     else:
@@ -72,11 +76,11 @@ def balance_(
     if not torch.compiler.is_compiling():  # traced tensors have no addresses
         _check_overlap(ema, grads, out)
     op = getattr(torch.ops.dbmtl_fused.balance_, backends.resolve(backend, ema.device))
-    norms, weights = ema.new_empty(T), ema.new_empty(T)
+    norms, weights = beta.new_empty(T), beta.new_empty(T)
     found_inf = torch.zeros((), dtype=torch.float32, device=ema.device)
     if ema.requires_grad or grads.requires_grad:
         ema, grads = ema.detach(), grads.detach()
-    op(ema, grads, beta, alpha_mode, alpha_constant, eps, out, norms, weights, found_inf)
+    op(ema, grads, beta, seed, alpha_mode, alpha_constant, eps, out, norms, weights, found_inf)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((ema, out))  # so that autograd notices if it still needs the old values
     return out, norms, weights
@@ -112,15 +116,35 @@ def check_finite_float(
 
 
 def _beta_tensor(beta: float | Tensor, ema: Tensor) -> Tensor:
+    dtype = compute_dtype(ema.dtype)
     if not isinstance(beta, Tensor):
         check_finite_float("beta", beta, low=0.0, below=1.0)
-        return torch.full((), beta, dtype=ema.dtype, device=ema.device)
+        return torch.full((), beta, dtype=dtype, device=ema.device)
     if beta.dim() != 0 or beta.device != ema.device or not beta.is_floating_point():
         raise ValueError(
             f"beta must be a number or a 0-d floating-point tensor on {ema.device}, "
             f"got shape {tuple(beta.shape)}, {beta.dtype}, on {beta.device}"
         )
-    return beta.detach().to(ema.dtype) if beta.requires_grad or beta.dtype != ema.dtype else beta
+    return beta.detach().to(dtype) if beta.requires_grad or beta.dtype != dtype else beta
+
+
+def _seed_tensor(seed: int | Tensor | None, ema: Tensor) -> Tensor | None:
+    if (seed is not None) != (ema.dtype is torch.bfloat16):
+        raise ValueError(f"seed must be given if ema is bfloat16, and only then, got {seed} for {ema.dtype}")
+    if seed is None:
+        return None
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must fit 64 bits, got {seed}")
+        return torch.full((), seed, dtype=torch.int64, device=ema.device)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be an integer or a tensor, got {type(seed).__name__}")
+    if seed.dim() != 0 or seed.device != ema.device or seed.dtype != torch.int64:
+        raise ValueError(
+            f"seed must be an integer or a 0-d int64 tensor on {ema.device}, "
+            f"got shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}"
+        )
+    return seed
 
 
 def _check_matrix(name: str, matrix: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -54,8 +54,8 @@ class FlatLayout:
     :raises ValueError: If there are none, two share a name, or they are on several devices.
 
     Attributes: ``slots`` in column order, ``groups``, ``P`` (columns, padding included), ``numel`` (without padding),
-    ``num_chunks``, ``device``, ``state_dtype`` (float32, or float64 if any parameter is), ``segments`` (see
-    ``ema_update_``).
+    ``num_chunks``, ``device``, ``state_dtype`` (float32, or float64 if any parameter is), ``segments`` and
+    ``chunks`` (see ``ema_update_``).
     """
 
     def __init__(self, named_params: Sequence[tuple[str, Tensor]]) -> None:
@@ -74,7 +74,8 @@ class FlatLayout:
         self.P, self.num_chunks = column, chunk
         self.numel = sum(slot.numel for slot in self.slots)
         self.state_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        self.segments = torch.tensor(segments, dtype=torch.int64, device=self.device)
+        self.segments = torch.tensor(segments, dtype=torch.int64, device="cpu")
+        self.chunks = chunk_table(self.segments).to(self.device)
         self.groups = self._groups()
 
     def _groups(self) -> list[Group]:
@@ -96,6 +97,18 @@ class FlatLayout:
             return grad
         ordered = torch.empty_strided(slot.shape, slot.strides, dtype=grad.dtype, device=grad.device)
         return ordered.copy_(grad)
+
+
+def chunk_table(segments: Tensor) -> Tensor:
+    """``(slot, start, numel)`` of every chunk of up to :data:`CHUNK` columns, shape ``(C, 3)``, int64.
+
+    :param segments: ``(start, numel, first_chunk)`` of every slot, as in ``ema_update_``.
+    """
+    counts = -(segments[:, 1] // -CHUNK)
+    slots = torch.arange(len(segments)).repeat_interleave(counts)
+    start, numel, first_chunk = segments[slots].unbind(1)
+    offsets = (torch.arange(len(slots)) - first_chunk) * CHUNK
+    return torch.stack([slots, start + offsets, (numel - offsets).clamp(max=CHUNK)], dim=1)
 
 
 def _same_order(strides: Sequence[int], slot: Slot) -> bool:

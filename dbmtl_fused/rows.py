@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dbmtl_fused._ops import compute_dtype
 from dbmtl_fused.backends import Operators
 from dbmtl_fused.layout import FlatLayout
 
@@ -21,13 +22,14 @@ class Step:
     ``norms``, ``weights`` ``(T,)``, ``alpha_value`` 0-d: results. ``sq_norms`` ``(T,)``, ``found_inf``, ``scale``,
     ``inv_scale`` 0-d: see ``_ops``. ``betas``, ``row_sq_norms``: the 0-d coefficient and squared norm of each row.
 
-    :param beta: EMA coefficient, 0-d, of the state's dtype.
+    :param beta: EMA coefficient, 0-d, of the dtype that is computed in.
     :param scale: Factor on the gradients that come in and, again, on those that go out, 0-d.
     :param unusable: Tasks whose loss carries no information, shape ``(T,)``, bool. Their rows stay as they are (a
         coefficient of 1), and the step counts as non-finite.
+    :param number: ``k``, 0-d int64: rows of bfloat16 draw the random bits of their rounding from it.
     """
 
-    def __init__(self, beta: Tensor, scale: Tensor, unusable: Tensor) -> None:
+    def __init__(self, beta: Tensor, scale: Tensor, unusable: Tensor, number: Tensor) -> None:
         self.betas = torch.where(unusable, 1, beta).unbind()
         self.found_inf = unusable.any().to(torch.float32)
         self.scale = scale.to(beta.dtype)
@@ -35,6 +37,12 @@ class Step:
         self.sq_norms, self.norms, self.weights = (beta.new_empty(len(unusable)) for _ in range(3))
         self.row_sq_norms = self.sq_norms.unbind()
         self.alpha_value = torch.empty_like(beta)
+        self._number = number
+
+    def seeds(self) -> tuple[Tensor, ...]:
+        """Of the rounding of each row: no two alike, over all steps."""
+        T = len(self.betas)
+        return (self._number * T + torch.arange(T, device=self._number.device)).unbind()
 
 
 class FlatGrads:
@@ -77,16 +85,18 @@ class _Rows:
         self._layout, self._ops, self._alpha, self._eps = layout, ops, alpha, eps
         self._dtype = state_dtype
         self._flat_grads = FlatGrads(layout.device)
-        self._partials = self._zeros(layout.num_chunks)
+        self._partials = self._zeros(layout.num_chunks, dtype=compute_dtype(state_dtype))
+        self._arrivals = self._zeros(dtype=torch.int32)
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self._dtype, device=self._layout.device)
+    def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self._layout.device)
 
     def _row(self, task: int) -> Tensor:
         raise NotImplementedError
 
     def begin(self, step: Step) -> None:
         self._step = step
+        self._seeds = step.seeds() if self._dtype is torch.bfloat16 else [None] * len(step.betas)
 
     def update(self, task: int, slots: Sequence[int], grads: Sequence[Tensor | None], accumulate: bool) -> None:
         """Take gradients of ``task``; see ``ema_update_``."""
@@ -96,11 +106,14 @@ class _Rows:
             grads,
             slots,
             self._layout.segments,
+            self._layout.chunks,
             step.betas[task],
             step.inv_scale,
+            self._seeds[task],
             self._partials,
             step.row_sq_norms[task],
             step.found_inf,
+            self._arrivals,
             accumulate,
         )
 
@@ -133,7 +146,7 @@ class EmaRows(_Rows):
         self, T: int, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
     ) -> None:
         super().__init__(layout, ops, alpha, eps, state_dtype)
-        self.buffer = self._zeros(T, layout.P)
+        self.buffer = self._zeros(T, layout.P, dtype=state_dtype)
         self._rows = self.buffer.unbind()
 
     def _row(self, task: int) -> Tensor:
@@ -156,14 +169,15 @@ class SumRows(_Rows):
     """Without an EMA no row is needed twice: ``alpha * sum_t g_t / (n_t + eps)`` in two vectors of ``P`` numbers.
 
     Each task's gradient is gathered into the one scratch row, then added to the sum with weight ``1 / (n_t + eps)``;
-    ``alpha`` comes in at the end.
+    ``alpha`` comes in at the end. With no state to keep, nothing is rounded to its dtype: only :func:`compute_dtype` of
+    it matters.
     """
 
     def __init__(
         self, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
     ) -> None:
-        super().__init__(layout, ops, alpha, eps, state_dtype)
-        self._scratch = self._zeros(layout.P)
+        super().__init__(layout, ops, alpha, eps, compute_dtype(state_dtype))
+        self._scratch = self._zeros(layout.P, dtype=self._dtype)
 
     def _row(self, task: int) -> Tensor:
         return self._scratch

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from dbmtl_fused import backends, oracle
-from dbmtl_fused._ops import ALPHA_MODES, CHUNK, GRAD_DTYPES, STATE_DTYPES
+from dbmtl_fused._ops import ALPHA_MODES, CHUNK, GRAD_DTYPES, STATE_DTYPES, compute_dtype
+from dbmtl_fused.layout import chunk_table
 
 __all__ = ["ALPHA_MODES", "CHUNK", "GRAD_DTYPES", "STATE_DTYPES"]
 
 DEVICE = torch.device(os.environ.get("DBMTL_FUSED_TEST_DEVICE", "cpu"))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = backends.available(DEVICE.type)
 NATIVE_BACKENDS = [name for name in BACKENDS if name != "reference"]
 
@@ -24,8 +26,13 @@ BITWISE_BACKENDS = [name for name in BACKENDS if name in ("reference", "cpu")]
 """Backends that round every product and sum by itself, as the reference does. Those on GPUs contract ``a * b + c`` to
 one fused multiply-add, which is more accurate but has other last bits."""
 
+EXACT_STATE_DTYPES = (torch.float32, torch.float64)
+"""State that an oracle can follow step by step; bfloat16 is rounded randomly."""
+
 ALPHA_CONSTANT = 2.5
 EPS = 1e-8
+SEED = 2**40 + 12345  # of the rounding of bfloat16 state; both halves of it count
+LARGE = 2**16 + 3 if INTERPRETED else 2**20 + 3  # columns; the interpreter takes a millisecond for every block of them
 SENTINEL = 13.0  # exact in every dtype
 
 
@@ -37,9 +44,19 @@ def tensor(values: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float64)).to(DEVICE, dtype)
 
 
-def exactly(value: float, dtype: torch.dtype = torch.float32) -> float:
+def exactly(value: float, state_dtype: torch.dtype = torch.float32) -> float:
     """``value`` as an operator with this state dtype gets it, so that the oracle gets the same."""
-    return float(tensor(value, dtype))
+    return float(coefficient(value, state_dtype))
+
+
+def coefficient(value: float, state_dtype: torch.dtype) -> Tensor:
+    """A 0-d ``beta``, ``scale``, ... for state of this dtype."""
+    return tensor(value, compute_dtype(state_dtype))
+
+
+def seed_for(state_dtype: torch.dtype) -> Tensor | None:
+    """What operators on state of this dtype must be given."""
+    return torch.tensor(SEED, device=DEVICE) if state_dtype is torch.bfloat16 else None
 
 
 def array(values: Tensor) -> oracle.Array:
@@ -109,7 +126,7 @@ def run_balance(
     backend: str,
     ema: Tensor,
     grads: Tensor,
-    beta: float,
+    beta: Any,
     *,
     alpha: str = "max",
     constant: float = ALPHA_CONSTANT,
@@ -120,11 +137,12 @@ def run_balance(
     """Call ``balance_``; ``ema`` and ``out`` are written in place, the rest is fresh, poisoned and between
     sentinels."""
     T, P = ema.shape
+    beta = coefficient(beta, ema.dtype)
     out = torch.empty(P, dtype=grads.dtype, device=DEVICE) if out is None else out
-    small = [Guarded(values, offset=1) for values in (ema.new_empty(T), ema.new_empty(T), flags(found_inf))]
+    small = [Guarded(values, offset=1) for values in (beta.new_empty(T), beta.new_empty(T), flags(found_inf))]
     result = Balanced(ema, out, *(guarded.view for guarded in small))
     op = backends.operators(backend).balance_
-    assert op(ema, grads, tensor(beta, ema.dtype), alpha, constant, eps, *result[1:]) is None
+    assert op(ema, grads, beta, seed_for(ema.dtype), alpha, constant, eps, *result[1:]) is None
     for guarded in small:
         guarded.assert_intact()
     return result
@@ -146,10 +164,10 @@ def run_combine(
     """Call ``combine``; all outputs but a given ``out`` are fresh, poisoned and between sentinels."""
     T, P = ema.shape
     out = ema.new_empty(P) if out is None else out
-    small = [Guarded(values, offset=1) for values in (ema.new_empty(T), ema.new_empty(T), ema.new_empty(()))]
+    flag, factor = flags(found_inf), coefficient(scale, ema.dtype)
+    small = [Guarded(factor.new_empty(shape), offset=1) for shape in ((T,), (T,), ())]
     result = Combined(out, *(guarded.view for guarded in small))
     op = backends.operators(backend).combine
-    flag, factor = flags(found_inf), tensor(scale, ema.dtype)
     assert op(ema, sq_norms, flag, factor, alpha, constant, eps, accumulate, *result) is None
     for guarded in small:
         guarded.assert_intact()
@@ -159,9 +177,16 @@ def run_combine(
 class Segments(NamedTuple):
     """Where each slot lives in a row."""
 
-    table: Tensor  # (S, 3) of (start, numel, first_chunk)
+    table: Tensor  # (S, 3) of (start, numel, first_chunk), on the CPU
     P: int
     chunks: int
+    chunk_table: Tensor  # (C, 3) of (slot, start, numel)
+
+    @classmethod
+    def at(cls, rows: Sequence[tuple[int, int, int]], P: int) -> Segments:
+        table = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+        chunks = chunk_table(table).to(DEVICE)
+        return cls(table, P, len(chunks), chunks)
 
     @classmethod
     def of(cls, numels: Sequence[int], align: int = 256) -> Segments:
@@ -170,7 +195,7 @@ class Segments(NamedTuple):
             rows.append((column, numel, chunk))
             column += -(-numel // align) * align
             chunk += -(-numel // CHUNK)
-        return cls(torch.tensor(rows, dtype=torch.int64, device=DEVICE), column, chunk)
+        return cls.at(rows, column)
 
     def columns(self, slot: int) -> slice:
         start, numel, _ = self.table[slot].tolist()
@@ -190,9 +215,11 @@ class Row:
     found_inf: Tensor = field(default_factory=flags)
 
     def __post_init__(self) -> None:
-        self._partials = Guarded(self.row.new_empty(self.segments.chunks), offset=1)
-        self._sq_norm = Guarded(self.row.new_empty(()), offset=1)
+        like = coefficient(0, self.row.dtype)
+        self._partials = Guarded(like.new_empty(self.segments.chunks), offset=1)
+        self._sq_norm = Guarded(like.new_empty(()), offset=1)
         self.partials, self.sq_norm = self._partials.view, self._sq_norm.view
+        self.arrivals = torch.zeros((), dtype=torch.int32, device=DEVICE)
 
     def update(
         self,
@@ -206,12 +233,14 @@ class Row:
     ) -> Row:
         """Call ``ema_update_`` with all slots, or the given ones."""
         slots = range(len(grads)) if slots is None else slots
-        scalars = tensor(beta, self.row.dtype), tensor(inv_scale, self.row.dtype)
-        written = self.partials, self.sq_norm, self.found_inf
+        tables = self.segments.table, self.segments.chunk_table
+        scalars = coefficient(beta, self.row.dtype), coefficient(inv_scale, self.row.dtype), seed_for(self.row.dtype)
+        written = self.partials, self.sq_norm, self.found_inf, self.arrivals
         op = backends.operators(backend).ema_update_
-        assert op(self.row, list(grads), list(slots), self.segments.table, *scalars, *written, accumulate) is None
+        assert op(self.row, list(grads), list(slots), *tables, *scalars, *written, accumulate) is None
         self._partials.assert_intact()
         self._sq_norm.assert_intact()
+        assert int(self.arrivals) == 0
         return self
 
     def state(self) -> dict[str, Tensor]:

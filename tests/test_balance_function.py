@@ -15,8 +15,9 @@ from op_checks import assert_balanced, assert_ema, ema_magnitude
 from op_inputs import (
     BACKENDS,
     DEVICE,
+    EXACT_STATE_DTYPES,
     GRAD_DTYPES,
-    STATE_DTYPES,
+    SEED,
     Balanced,
     array,
     assert_same_bits,
@@ -46,7 +47,7 @@ def matrices(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=str)
-@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+@pytest.mark.parametrize("state_dtype", EXACT_STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("alpha", ["max", "min", "mean", "median", 2.5, 3, None], ids=str)
 def test_values(
     backend: str, rng: np.random.Generator, dtype: torch.dtype, state_dtype: torch.dtype, alpha: Any
@@ -64,6 +65,17 @@ def test_values(
     assert_balanced(Balanced(ema, *result, flags()), reference, expected, magnitude)
     assert result[0].dtype == dtype
     assert result[1].dtype == result[2].dtype == state_dtype
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["integer", "tensor"])
+def test_bfloat16_state(backend: str, matrices: tuple[Tensor, Tensor], as_tensor: bool) -> None:
+    ema, grads = matrices[0].bfloat16(), matrices[1]
+    expected = run_balance(backend, ema.clone(), grads, exactly(0.7))
+    seed = torch.tensor(SEED, device=DEVICE) if as_tensor else SEED
+    out, norms, weights = balance_(ema, grads, 0.7, seed=seed, backend=backend)
+    for name, values in {"ema": ema, "out": out, "norms": norms, "weights": weights}.items():
+        assert_same_bits(name, values, getattr(expected, name))
+    assert norms.dtype == weights.dtype == torch.float32
 
 
 def test_steps_of_the_paper(backend: str, rng: np.random.Generator) -> None:
@@ -176,17 +188,19 @@ DTYPES = "(torch.float32, torch.bfloat16, torch.float16, torch.float64)"
 NAMES = "('max', 'min', 'mean', 'median')"
 STRIDES = "must have adjacent columns and rows that do not overlap, got strides"
 
+BFLOAT16 = {"ema": zeros(T, P, dtype=torch.bfloat16)}
+
 ERRORS = [
     ({"ema": [[0.0]]}, TypeError, "ema must be a tensor, got list"),
     (
         {"ema": zeros(T, P, dtype=torch.int64)},
         TypeError,
-        "ema must have one of the dtypes (torch.float32, torch.float64), got torch.int64",
+        "ema must have one of the dtypes (torch.float32, torch.float64, torch.bfloat16), got torch.int64",
     ),
     (
-        {"ema": zeros(T, P, dtype=torch.bfloat16)},
+        {"ema": zeros(T, P, dtype=torch.float16)},
         TypeError,
-        "ema must have one of the dtypes (torch.float32, torch.float64), got torch.bfloat16",
+        "ema must have one of the dtypes (torch.float32, torch.float64, torch.bfloat16), got torch.float16",
     ),
     ({"ema": zeros(P)}, ValueError, "ema must have shape (T, P), got (130,)"),
     ({"ema": zeros(1, T, P)}, ValueError, "ema must have shape (T, P), got (1, 3, 130)"),
@@ -248,6 +262,17 @@ ERRORS = [
     ({"eps": 0.0}, ValueError, "eps must be > 0, got 0.0"),
     ({"eps": float("inf")}, ValueError, "eps must be > 0, got inf"),
     ({"eps": None}, TypeError, "eps must be a number, got NoneType"),
+    (
+        {"ema": zeros(T, P, dtype=torch.bfloat16)},
+        ValueError,
+        "seed must be given if ema is bfloat16, and only then, got None for torch.bfloat16",
+    ),
+    ({"seed": 3}, ValueError, "seed must be given if ema is bfloat16, and only then, got 3 for torch.float32"),
+    (BFLOAT16 | {"seed": 2**63}, ValueError, "seed must fit 64 bits, got 9223372036854775808"),
+    (BFLOAT16 | {"seed": 1.5}, TypeError, "seed must be an integer or a tensor, got float"),
+    (BFLOAT16 | {"seed": True}, TypeError, "seed must be an integer or a tensor, got bool"),
+    (BFLOAT16 | {"seed": zeros()}, ValueError, "seed must be an integer or a 0-d int64 tensor on"),
+    (BFLOAT16 | {"seed": zeros(1, dtype=torch.int64)}, ValueError, "got shape (1,), torch.int64"),
     ({"alpha": "maximum"}, ValueError, f"alpha must be one of {NAMES}, a positive number or None, got 'maximum'"),
     ({"alpha": "none"}, ValueError, f"alpha must be one of {NAMES}, a positive number or None, got 'none'"),
     ({"alpha": 0.0}, ValueError, "a positive number or None, got 0.0"),

@@ -124,7 +124,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], DBMTL], type[Exception], str]] = {
     "state_dtype": (
         lambda: DBMTL([parameter(2)], num_tasks=2, state_dtype=torch.float16),
         ValueError,
-        "state_dtype must be None or one of (torch.float32, torch.float64), got torch.float16",
+        "state_dtype must be None or one of (torch.float32, torch.float64, torch.bfloat16), got torch.float16",
     ),
     "bucket_bytes": (
         lambda: DBMTL([parameter(2)], num_tasks=2, bucket_bytes=0),

@@ -29,7 +29,9 @@ def steps(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"beta": 0.0}, {"alpha": None, "beta": 0.0}], ids=["EMA", "beta 0", "log only"]
+    "options",
+    [{}, {"beta": 0.0}, {"alpha": None, "beta": 0.0}, {"state_dtype": torch.bfloat16}],
+    ids=["EMA", "beta 0", "log only", "bfloat16 EMA"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_resumed_run_continues_bit_for_bit(

@@ -29,7 +29,7 @@ quiet_inductor = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarnin
 def balance_call(backend: str, rng: np.random.Generator) -> Call:
     ema, grads = tensor(random_rows(rng, 3, 130)), tensor(random_rows(rng, 3, 130), torch.bfloat16)
     outputs = ema.new_zeros(130), ema.new_zeros(3), ema.new_zeros(3), flags()
-    return backends.operators(backend).balance_, (ema, grads, tensor(0.7), "max", ALPHA_CONSTANT, EPS, *outputs)
+    return backends.operators(backend).balance_, (ema, grads, tensor(0.7), None, "max", ALPHA_CONSTANT, EPS, *outputs)
 
 
 def combine_call(backend: str, rng: np.random.Generator) -> Call:
@@ -43,13 +43,14 @@ def ema_update_call(backend: str, rng: np.random.Generator) -> Call:
     segments = Segments.of([5000, 12, 7])
     row = Row(tensor(rng.standard_normal(segments.P)), segments)
     grads = [tensor(rng.standard_normal((50, 100))).t(), None, tensor(rng.standard_normal(7), torch.float16)]
-    written = row.partials.zero_(), row.sq_norm.zero_(), row.found_inf
-    scalars = tensor(0.7), tensor(0.5)
+    written = row.partials.zero_(), row.sq_norm.zero_(), row.found_inf, row.arrivals
+    scalars = tensor(0.7), tensor(0.5), None
     return backends.operators(backend).ema_update_, (
         row.row,
         grads,
         [0, 1, 2],
         segments.table,
+        segments.chunk_table,
         *scalars,
         *written,
         False,
@@ -96,9 +97,9 @@ def test_meta_tensors(backend: str, rng: np.random.Generator, make: Callable[...
     ("make", "position", "wrong", "message"),
     [
         (balance_call, 1, (3, 129), "ema (3, 130) and grads (3, 129) must have the same shape"),
-        (balance_call, 6, (129,), "out must have shape (130,), got (129,)"),
-        (balance_call, 7, (4,), "norms must have shape (3,), got (4,)"),
-        (balance_call, 8, (3, 1), "weights must have shape (3,), got (3, 1)"),
+        (balance_call, 7, (129,), "out must have shape (130,), got (129,)"),
+        (balance_call, 8, (4,), "norms must have shape (3,), got (4,)"),
+        (balance_call, 9, (3, 1), "weights must have shape (3,), got (3, 1)"),
         (combine_call, 1, (2,), "sq_norms must have shape (3,), got (2,)"),
         (combine_call, 8, (1, 130), "out must have shape (130,), got (1, 130)"),
         (ema_update_call, 0, (1, 5632), "row must be 1-D, got 2-D"),

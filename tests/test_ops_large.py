@@ -67,7 +67,7 @@ def test_combine_rows_far_apart(backend: str, rng: np.random.Generator) -> None:
 
 def test_ema_update_slots_far_out(backend: str, rng: np.random.Generator) -> None:
     """The second slot lies behind column 2^31; what is between them belongs to no slot."""
-    segments = Segments(torch.tensor([(0, 130, 0), (BEYOND, 5000, 1)], device=DEVICE), BEYOND + 5000, 3)
+    segments = Segments.at([(0, 130, 0), (BEYOND, 5000, 1)], BEYOND + 5000)
     row = Row(untouched(segments.P, torch.float32), segments)
     grads = [tensor(rng.standard_normal(130)), tensor(rng.standard_normal(5000), torch.bfloat16)]
     for slot, grad in enumerate(grads):

@@ -2,7 +2,7 @@
 //
 // Math      ema = beta * ema + (1 - beta) * grads;   w_t = alpha / (|ema_t| + eps);   out = sum_t w_t ema_t
 // Traffic   fp32: phase 1 reads 8TP and writes 4TP bytes, phase 2 reads 4TP and writes 4P. Together 4 (4T + 1) P, less
-//           what phase 2 still finds in cache.
+//           what phase 2 still finds in cache. bf16: half of it.
 // Parallel  each thread takes a contiguous range of chunks of columns, with all rows, in both phases.
 // Sync      two parallel regions, the weights between them.
 // Numerics  partials are keyed by chunk of the row and summed in chunk order: no bit depends on threads.
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "ema_columns.h"
+#include "launch.h"
 #include "weighted_sum.h"
 #include "weights.h"
 
@@ -19,9 +20,10 @@ namespace dbmtl_fused::cpu {
 
 template <class State>
 void launch_balance(const Balance<State>& args, ParallelFor parallel_for) {
-  const EmaCoefficients<State> coefficients{*args.beta, 1 - *args.beta, 1};
+  using Real = RealOf<State>;
+  const EmaCoefficients<Real> coefficients{*args.beta, 1 - *args.beta, 1};
   const int64_t C = ceil_div(args.P, kChunk);
-  std::vector<State> partials(args.T * C);  // (T, C)
+  std::vector<Real> partials(args.T * C);  // (T, C)
   std::atomic<bool> all_finite{true};
 
   parallel_for(C, chunk_grain(args.T), [&](int64_t begin, int64_t end) {
@@ -29,9 +31,10 @@ void launch_balance(const Balance<State>& args, ParallelFor parallel_for) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t start = c * kChunk;
       for (int64_t t = 0; t < args.T; ++t) {
-        const auto chunk = ema_columns(args.ema + t * args.ema_stride + start,
-                                       element(args.grads, args.grads_dtype, t * args.grads_stride + start),
-                                       args.grads_dtype, std::min(kChunk, args.P - start), coefficients);
+        const auto chunk =
+            ema_columns(args.ema + t * args.ema_stride + start,
+                        element(args.grads, args.grads_dtype, t * args.grads_stride + start), args.grads_dtype,
+                        std::min(kChunk, args.P - start), coefficients, draws_of(args.seed, t, start));
         partials[t * C + c] = chunk.sq_norm;
         finite &= chunk.finite;
       }
@@ -40,7 +43,7 @@ void launch_balance(const Balance<State>& args, ParallelFor parallel_for) {
   });
   if (!all_finite.load(std::memory_order_relaxed)) *args.found_inf = 1;
 
-  std::vector<State> sq_norms(args.T);
+  std::vector<Real> sq_norms(args.T);
   for (int64_t t = 0; t < args.T; ++t) sq_norms[t] = sum_in_order(partials.data() + t * C, C);
   compute_weights(sq_norms.data(), args.T, *args.found_inf != 0, args.weighting);
   weighted_sum(args.ema, args.ema_stride, args.T, args.P, args.weighting.weights, false, args.out, args.out_dtype,
@@ -49,5 +52,6 @@ void launch_balance(const Balance<State>& args, ParallelFor parallel_for) {
 
 template void launch_balance(const Balance<float>&, ParallelFor);
 template void launch_balance(const Balance<double>&, ParallelFor);
+template void launch_balance(const Balance<BFloat16>&, ParallelFor);
 
 }  // namespace dbmtl_fused::cpu

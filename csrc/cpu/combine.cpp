@@ -1,7 +1,7 @@
 // combine: squared norms to weights, and the weighted sum of the rows.
 //
 // Math      w_t = alpha / (sqrt(sq_norm_t) + eps);   out = scale * sum_t w_t ema[t]   (+ out if accumulate)
-// Traffic   fp32: 4 (T + 1) P bytes; 4P more if accumulate.
+// Traffic   fp32: 4 (T + 1) P bytes; 4P more if accumulate. bf16: half of it.
 // Parallel  weighted_sum.cpp.
 // Sync      one parallel region.
 // Numerics  scale multiplies the weights, with one rounding; the rest in weights.cpp and weighted_sum.cpp.
@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "launch.h"
 #include "weighted_sum.h"
 #include "weights.h"
 
@@ -16,15 +17,17 @@ namespace dbmtl_fused::cpu {
 
 template <class State>
 void launch_combine(const Combine<State>& args, ParallelFor parallel_for) {
-  const State* const weights = args.weighting.weights;
+  using Real = RealOf<State>;
+  const Real* const weights = args.weighting.weights;
   *args.alpha_value = compute_weights(args.sq_norms, args.T, *args.found_inf != 0, args.weighting);
-  std::vector<State> scaled(args.T);
-  std::transform(weights, weights + args.T, scaled.begin(), [&](State weight) { return *args.scale * weight; });
+  std::vector<Real> scaled(args.T);
+  std::transform(weights, weights + args.T, scaled.begin(), [&](Real weight) { return *args.scale * weight; });
   weighted_sum(args.ema, args.ema_stride, args.T, args.P, scaled.data(), args.accumulate, args.out, args.out_dtype,
                parallel_for);
 }
 
 template void launch_combine(const Combine<float>&, ParallelFor);
 template void launch_combine(const Combine<double>&, ParallelFor);
+template void launch_combine(const Combine<BFloat16>&, ParallelFor);
 
 }  // namespace dbmtl_fused::cpu

@@ -2,7 +2,7 @@
 //
 // Math      row = beta * row + (1 - beta) * (g * inv_scale), or row + (1 - beta) * ... if accumulate; the partials of
 //           the chunks touched; sq_norm = sum of all partials
-// Traffic   fp32: 12 bytes a column of the listed parameters, and 4 ceil(P / kChunk) for the sum.
+// Traffic   fp32: 12 bytes a column of the listed parameters (bf16: 6), and 4 ceil(P / kChunk) for the sum.
 // Parallel  the columns of all gradients, laid end to end, are dealt to the threads in equal ranges; a chunk belongs to
 //           the thread that has its first column.
 // Sync      one parallel region.
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "ema_columns.h"
+#include "launch.h"
 #include "weights.h"
 
 namespace dbmtl_fused::cpu {
@@ -23,7 +24,8 @@ constexpr int64_t kGrain = 32768;
 
 template <class State>
 void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for) {
-  const EmaCoefficients<State> coefficients{args.accumulate ? State{1} : *args.beta, 1 - *args.beta, *args.inv_scale};
+  using Real = RealOf<State>;
+  const EmaCoefficients<Real> coefficients{args.accumulate ? Real{1} : *args.beta, 1 - *args.beta, *args.inv_scale};
 
   std::vector<int64_t> ends(args.num_gradients);  // of the gradients laid end to end
   int64_t total = 0;
@@ -42,8 +44,10 @@ void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for) {
       for (int64_t c = first; c < last; ++c) {
         const int64_t offset = c * kChunk;
         const void* const grads = gradient.data ? element(gradient.data, gradient.dtype, offset) : nullptr;
-        const auto chunk = ema_columns(args.row + gradient.start + offset, grads, gradient.dtype,
-                                       std::min(kChunk, gradient.numel - offset), coefficients);
+        const int64_t start = gradient.start + offset;
+        const auto chunk =
+            ema_columns(args.row + start, grads, gradient.dtype, std::min(kChunk, gradient.numel - offset),
+                        coefficients, draws_of(args.seed, 0, start));
         args.partials[gradient.first_chunk + c] = chunk.sq_norm;
         finite &= chunk.finite;
       }
@@ -57,5 +61,6 @@ void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for) {
 
 template void launch_ema_update(const EmaUpdate<float>&, ParallelFor);
 template void launch_ema_update(const EmaUpdate<double>&, ParallelFor);
+template void launch_ema_update(const EmaUpdate<BFloat16>&, ParallelFor);
 
 }  // namespace dbmtl_fused::cpu

@@ -1,4 +1,4 @@
-// Vectors, and the conversions between elements in memory and vectors of State.
+// Vectors, and the conversions between elements in memory and vectors of Real: float or double.
 //
 // Loops are written for vectors of kBytes and compiled for each instruction set with its own. What goes element by
 // element has the same bits in all of them (-ffp-contract=off: no fused multiply-add); a sum has, if its number of
@@ -10,20 +10,11 @@
 #include <type_traits>
 
 #include "../launch.h"
+#include "../rounding.h"
 #include "isa.h"
-
-#define DBMTL_INLINE inline __attribute__((always_inline))
-
-#if defined(__GNUC__) && !defined(__clang__)
-// "The ABI for passing vectors changes with AVX-512": every function that takes one is inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
 
 namespace dbmtl_fused::cpu {
 
-struct BFloat16 {
-  uint16_t bits;
-};
 struct Float16 {
   uint16_t bits;
 };
@@ -44,8 +35,8 @@ auto with_element_type(DType dtype, const Body& body) {
   __builtin_unreachable();
 }
 
-template <class State>
-using BitsOf = std::conditional_t<sizeof(State) == 4, uint32_t, uint64_t>;
+template <class Real>
+using BitsOf = std::conditional_t<sizeof(Real) == 4, uint32_t, uint64_t>;
 
 template <class Element, int kCount>
 struct VectorOf {
@@ -152,22 +143,37 @@ DBMTL_INLINE Vector<uint16_t, N> bits_of(Float16, const Vector<float, N>& floats
 template <class Element>
 constexpr bool kIsHalfWide = std::is_same_v<Element, BFloat16> || std::is_same_v<Element, Float16>;
 
-// N elements of any type as State; exact but for double to float.
-template <class State, int N, class Element>
-DBMTL_INLINE Vector<State, N> load(const Element* from) {
+// N elements of any type as Real; exact but for double to float.
+template <class Real, int N, class Element>
+DBMTL_INLINE Vector<Real, N> load(const Element* from) {
   if constexpr (kIsHalfWide<Element>)
-    return __builtin_convertvector(floats_of<N>(Element{}, load_bits<Vector<uint16_t, N>>(from)), Vector<State, N>);
+    return __builtin_convertvector(floats_of<N>(Element{}, load_bits<Vector<uint16_t, N>>(from)), Vector<Real, N>);
   else
-    return __builtin_convertvector(load_bits<Vector<Element, N>>(from), Vector<State, N>);
+    return __builtin_convertvector(load_bits<Vector<Element, N>>(from), Vector<Real, N>);
 }
 
 // The reverse, rounded to nearest even; like torch, from double to 16 bits by way of float.
-template <class State, int N, class Element>
-DBMTL_INLINE void store(Element* to, const Vector<State, N>& values) {
+template <class Real, int N, class Element>
+DBMTL_INLINE void store(Element* to, const Vector<Real, N>& values) {
   if constexpr (kIsHalfWide<Element>)
     store_bits(to, bits_of<N>(Element{}, __builtin_convertvector(values, Vector<float, N>)));
   else
     store_bits(to, __builtin_convertvector(values, Vector<Element, N>));
+}
+
+// Finite floats rounded to what BFloat16 holds, down or up in magnitude as `random`, below 2^16, decides.
+template <class Words, class Floats>
+DBMTL_INLINE Floats round_by(const Words& random, const Floats& floats) {
+  return reinterpret_cast<Floats>((reinterpret_cast<Words>(floats) + random) & 0xffff0000U);
+}
+
+// Values that Element holds exactly, NaNs with all their bits.
+template <class Real, int N, class Element>
+DBMTL_INLINE void store_exact(Element* to, const Vector<Real, N>& values) {
+  if constexpr (std::is_same_v<Element, BFloat16>)
+    store_bits(to, __builtin_convertvector(reinterpret_cast<Vector<uint32_t, N>>(values) >> 16, Vector<uint16_t, N>));
+  else
+    store_bits(to, values);
 }
 
 }  // namespace dbmtl_fused::cpu

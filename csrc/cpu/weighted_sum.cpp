@@ -1,12 +1,12 @@
 // Weighted sum of the rows: phase 2 of combine and balance_.
 //
 // Math      out[p] = (out[p] if accumulate else 0) + sum_t weights[t] * rows[t, p]
-// Traffic   fp32: reads 4T, writes 4 bytes a column; reads 4 more if accumulate.
+// Traffic   fp32: reads 4T, writes 4 bytes a column; reads 4 more if accumulate. bf16: half of it.
 // Parallel  chunks of columns, in contiguous ranges; vectors, compiled per instruction set. kVectors vectors of sums
 //           stay in registers while the loop goes down the rows.
 // Sync      one parallel region.
-// Numerics  products and sums round one by one in the state's type, in task order, then once to out's type: bit for bit
-//           the reference.
+// Numerics  products and sums round one by one in the state's compute type, in task order, then once to out's type: bit
+//           for bit the reference.
 // Limits    rows and out must not overlap.
 #include "weighted_sum.h"
 
@@ -25,18 +25,20 @@ constexpr int kAhead = 512;
 
 template <class State, class Out>
 struct WeightedSumLoop {
+  using Real = RealOf<State>;
+
   // One block of columns, of which only `rest` exist if it is not whole.
   template <int kLanes, bool kWhole>
-  static DBMTL_INLINE void block(const State* rows, int64_t stride, const State* weights, int64_t T, size_t rest,
+  static DBMTL_INLINE void block(const State* rows, int64_t stride, const Real* weights, int64_t T, size_t rest,
                                  bool accumulate, Out* out) {
     constexpr int kBlock = kVectors * kLanes;
-    Vector<State, kLanes> sums[kVectors] = {};
+    Vector<Real, kLanes> sums[kVectors] = {};
     Out padded_out[kBlock] = {};
     State padded_row[kBlock] = {};
     Out* const target = kWhole ? out : padded_out;
     if (accumulate) {
       if constexpr (!kWhole) std::memcpy(padded_out, out, rest * sizeof(Out));
-      for (int i = 0; i < kVectors; ++i) sums[i] = load<State, kLanes>(target + i * kLanes);
+      for (int i = 0; i < kVectors; ++i) sums[i] = load<Real, kLanes>(target + i * kLanes);
     }
     for (int64_t t = 0; t < T; ++t) {
       const State* row = rows + t * stride;
@@ -44,16 +46,16 @@ struct WeightedSumLoop {
         prefetch<kAhead, kBlock * sizeof(State)>(row);
       else
         row = static_cast<const State*>(std::memcpy(padded_row, row, rest * sizeof(State)));
-      for (int i = 0; i < kVectors; ++i) sums[i] += weights[t] * load<State, kLanes>(row + i * kLanes);
+      for (int i = 0; i < kVectors; ++i) sums[i] += weights[t] * load<Real, kLanes>(row + i * kLanes);
     }
-    for (int i = 0; i < kVectors; ++i) store<State, kLanes>(target + i * kLanes, sums[i]);
+    for (int i = 0; i < kVectors; ++i) store<Real, kLanes>(target + i * kLanes, sums[i]);
     if constexpr (!kWhole) std::memcpy(out, padded_out, rest * sizeof(Out));
   }
 
   template <int kBytes>
-  static DBMTL_INLINE void run(const State* rows, int64_t stride, const State* weights, int64_t T, int64_t count,
+  static DBMTL_INLINE void run(const State* rows, int64_t stride, const Real* weights, int64_t T, int64_t count,
                                bool accumulate, Out* out) {
-    constexpr int kLanes = kBytes / sizeof(State);
+    constexpr int kLanes = kBytes / sizeof(Real);
     constexpr int kBlock = kVectors * kLanes;
     int64_t p = 0;
     for (; p + kBlock <= count; p += kBlock)
@@ -65,8 +67,8 @@ struct WeightedSumLoop {
 }  // namespace
 
 template <class State>
-void weighted_sum(const State* rows, int64_t stride, int64_t T, int64_t P, const State* weights, bool accumulate,
-                  void* out, DType out_dtype, ParallelFor parallel_for) {
+void weighted_sum(const State* rows, int64_t stride, int64_t T, int64_t P, const RealOf<State>* weights,
+                  bool accumulate, void* out, DType out_dtype, ParallelFor parallel_for) {
   with_element_type(out_dtype, [&](auto element) {
     using Out = decltype(element);
     parallel_for(ceil_div(P, kChunk), chunk_grain(T), [&](int64_t begin, int64_t end) {
@@ -82,5 +84,6 @@ void weighted_sum(const State* rows, int64_t stride, int64_t T, int64_t P, const
 
 template void weighted_sum(const float*, int64_t, int64_t, int64_t, const float*, bool, void*, DType, ParallelFor);
 template void weighted_sum(const double*, int64_t, int64_t, int64_t, const double*, bool, void*, DType, ParallelFor);
+template void weighted_sum(const BFloat16*, int64_t, int64_t, int64_t, const float*, bool, void*, DType, ParallelFor);
 
 }  // namespace dbmtl_fused::cpu

@@ -8,11 +8,11 @@
 namespace dbmtl_fused::cpu {
 
 // Sum in index order, in double, rounded once: the squared norm of a row from those of its chunks.
-template <class State>
-State sum_in_order(const State* partials, int64_t count);
+template <class Real>
+Real sum_in_order(const Real* partials, int64_t count);
 
 // Fills weighting.norms and weighting.weights from squared norms, shape (T,); returns alpha.
-template <class State>
-State compute_weights(const State* sq_norms, int64_t T, bool found_inf, const Weighting<State>& weighting);
+template <class Real>
+Real compute_weights(const Real* sq_norms, int64_t T, bool found_inf, const Weighting<Real>& weighting);
 
 }  // namespace dbmtl_fused::cpu
