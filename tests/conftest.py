@@ -9,7 +9,8 @@
   ``DBMTL_FUSED_TEST_SEED`` brings it back. Hypothesis runs the same examples each time (profile ``ci``), or new ones
   with ``HYPOTHESIS_PROFILE=explore``.
 * **Backends.** A test that takes ``backend`` runs for every backend of ``DBMTL_FUSED_TEST_DEVICE`` (default ``cpu``),
-  one that takes ``native_backend`` for each but the reference.
+  one that takes ``native_backend`` for each but the reference. With ``TRITON_INTERPRET=1`` only those of the Triton
+  backend run, on CPUs, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -25,16 +26,21 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Threads that spin while compilers or pytest-xdist's other workers want their core make tests several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter  # noqa: F401  (changes Triton before it decorates a kernel)
+
 import hypothesis
 import numpy as np
 import pytest
 import torch
-from op_inputs import BACKENDS, DEVICE, NATIVE_BACKENDS
+from op_inputs import BACKENDS, DEVICE, INTERPRETED, NATIVE_BACKENDS
 
 THREADS = 2
 SEED_VARIABLE = "DBMTL_FUSED_TEST_SEED"
 
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
+EXAMPLES = 10 if INTERPRETED else 40
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=EXAMPLES)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
@@ -54,6 +60,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, values)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not INTERPRETED:
+        return
+    chosen, others = [], []
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        wanted = "triton" in (parameters.get("backend"), parameters.get("native_backend"))
+        (chosen if wanted or item.path.name == "test_triton_interpreter.py" else others).append(item)
+        if wanted and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="too large for Triton's interpreter"))
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
     """Poisoned memory and a fixed number of threads, whatever the test before left behind."""
@@ -68,6 +88,14 @@ def _environment() -> Iterator[None]:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers of this test in this run; does not depend on which other tests ran."""
     return np.random.default_rng([int(os.environ[SEED_VARIABLE]), zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """See ``triton_launches.recording``."""
+    from triton_launches import recording
+
+    return recording(monkeypatch)
 
 
 @pytest.hookimpl(wrapper=True)

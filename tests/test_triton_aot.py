@@ -1,0 +1,160 @@
+"""Triton kernels compiled ahead of time, which needs no GPU: nothing spills, and memory is accessed 16 bytes at a time.
+
+The host's side runs on meta tensors; what it would have launched is caught and compiled for each architecture, with the
+launch parameters of ``triton_kernels/tuning.py`` and the specialisation that Triton would have chosen.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dbmtl_fused import backends
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton_launches import Launch, balance_launch, combine_launch, ema_update_launch  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def source_of(launch: Launch) -> Any:
+    """The kernel with the types and hints that Triton derives from such arguments; all tensors are 16-byte aligned."""
+    kernel, values, _ = launch
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        value, place = values[parameter.name], (parameter.num,)
+        hint = [["tt.divisibility", 16]]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + NAMES[value.dtype]
+            if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+                attributes[place] = hint
+        elif isinstance(value, float):
+            signature[parameter.name] = parameter.annotation_type
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[place] = hint
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+class Machine(NamedTuple):
+    """What ptxas made of a kernel."""
+
+    stack: int
+    local: int
+    sass: str
+
+    @classmethod
+    def of(cls, launch: Launch, architecture: int, directory: Path) -> Machine:
+        compiled = triton.compile(source_of(launch), target=GPUTarget("cuda", architecture, 32), options=launch[2])
+        cubin = directory / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, option, cubin], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+        found = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found, usage
+        return cls(int(found[1]), int(found[2]), sass)
+
+    def count(self, instruction: str, before: str | None = None) -> int:
+        text = self.sass if before is None else re.split(before, self.sass, maxsplit=1)[0]
+        return len(re.findall(instruction, text))
+
+
+WIDE_LOAD, WIDE_STORE = r"LDG\.E\S*\.128", r"STG\.E\S*\.128"
+SPILL = r"\b(?:LDL|STL)\b"
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+# What to launch, and how many 16-byte loads must be on their way before the first 16-byte store.
+LAUNCHES: dict[str, tuple[Callable[[Any], Launch], int]] = {
+    **{
+        f"balance T={T}": (lambda r, T=T: balance_launch(r, T, F32, F32), min(2 * T, 8))
+        for T in (1, 2, 3, 5, 8, 11, 12, 13, 16)
+    },
+    "balance T=64": (lambda r: balance_launch(r, 64, F32, F32), 8),
+    "balance T=3 small": (lambda r: balance_launch(r, 3, F32, F32, 65_536), 6),
+    "balance T=3 bf16 gradients": (lambda r: balance_launch(r, 3, F32, BF16), 3),
+    "balance T=3 bf16 state": (lambda r: balance_launch(r, 3, BF16, BF16), 4),
+    "balance T=11 bf16 state": (lambda r: balance_launch(r, 11, BF16, BF16), 3),
+    "balance T=16 bf16 state, fp32 gradients": (lambda r: balance_launch(r, 16, BF16, F32), 4),
+    "balance T=3 fp64": (lambda r: balance_launch(r, 3, F64, F64), 6),
+    "balance T=16 fp64": (lambda r: balance_launch(r, 16, F64, F64), 8),
+    **{
+        f"combine T={T}": (lambda r, T=T: combine_launch(r, T, F32, F32), min(T, 8))
+        for T in (1, 2, 3, 5, 8, 11, 16, 64)
+    },
+    "combine T=3 bf16 state": (lambda r: combine_launch(r, 3, BF16, BF16), 3),
+    "combine T=16 bf16 state": (lambda r: combine_launch(r, 16, BF16, F32), 8),
+    "combine T=3 accumulate": (lambda r: combine_launch(r, 3, F32, F32, accumulate=True), 4),
+    "combine T=3 fp64": (lambda r: combine_launch(r, 3, F64, F64), 4),
+    "ema_update": (lambda r: ema_update_launch(r, F32, F32), 8),
+    "ema_update bf16 gradients": (lambda r: ema_update_launch(r, F32, BF16), 4),
+    "ema_update mixed gradients": (lambda r: ema_update_launch(r, F32, F32, BF16, F16, F64), 8),
+    "ema_update bf16 state": (lambda r: ema_update_launch(r, BF16, BF16), 4),
+    "ema_update fp64": (lambda r: ema_update_launch(r, F64, F64), 8),
+}
+
+
+@pytest.mark.skipif(not os.access(CUOBJDUMP, os.X_OK), reason="this Triton brings no cuobjdump")
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize(("launch", "loads"), LAUNCHES.values(), ids=LAUNCHES)
+def test_machine_code(
+    record: Any, tmp_path: Path, launch: Callable[[Any], Launch], loads: int, architecture: int
+) -> None:
+    machine = Machine.of(launch(record), architecture, tmp_path)
+    assert machine.stack == machine.local == machine.count(SPILL) == 0, "spills"
+    assert machine.count(WIDE_STORE) > 0
+    assert machine.count(WIDE_LOAD, before=WIDE_STORE) >= loads
+
+
+def test_compiles_for_rocm(record: Any) -> None:
+    """Wavefronts of 64, no limit on registers; 16-byte accesses and no scratch memory there either."""
+    if "amd" not in triton.backends.backends:
+        pytest.skip("this Triton has no AMD backend")
+    for launch in (
+        balance_launch(record, 3, F32, F32),
+        combine_launch(record, 3, F32, F32),
+        ema_update_launch(record, F32, F32),
+    ):
+        options = {name: value for name, value in launch[2].items() if name != "maxnreg"}
+        compiled = triton.compile(source_of(launch), target=GPUTarget("hip", "gfx942", 64), options=options)
+        code = compiled.asm["amdgcn"]
+        assert int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1]) == 0
+        assert re.search(r"(global|buffer|flat)_load_dwordx4", code)
+        assert re.search(r"(global|buffer|flat)_store_dwordx4", code)
+
+
+def test_cooperative_launch_is_asked_for(record: Any) -> None:
+    """One launch, whose grid of one block a multiprocessor fits whatever else is compiled in: registers are limited."""
+    _, parameters, options = balance_launch(record, 3, F32, F32)
+    assert parameters["PHASES"] == "both"
+    assert options["launch_cooperative_grid"]
+    assert options["num_warps"] * 32 * options["maxnreg"] <= 65_536
+
+
+def test_backend_is_registered_for_every_kind_of_gpu() -> None:
+    for device_type in ("cuda", "xpu"):
+        assert backends.why_not("triton", device_type) is None

@@ -1,0 +1,142 @@
+"""Device functions that several kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# WHOLE says that all columns are below `count`: a mask on a length that is only known at run time costs the 16-byte
+# accesses.
+
+
+@triton.jit
+def load_tile(pointers, rows, columns, count, WHOLE: tl.constexpr):
+    """A tile of the given ``rows`` (a mask); zeros elsewhere."""
+    if WHOLE:
+        return tl.load(pointers, mask=rows, other=0.0)
+    return tl.load(pointers, mask=rows & (columns < count), other=0.0)
+
+
+@triton.jit
+def load_columns(pointers, columns, count, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=columns < count, other=0.0)
+
+
+@triton.jit
+def store_columns(pointers, values, columns, count, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=columns < count)
+
+
+@triton.jit
+def mix(word):
+    """See ``dbmtl_fused.rounding``; ``word`` is uint32."""
+    word = word ^ (word >> 16)
+    word = word * 0x7FEB352D
+    word = word ^ (word >> 15)
+    word = word * 0x846CA68B
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def random_bits(seed, columns):
+    """16 uniform bits for each of ``columns`` (int64), as ``dbmtl_fused.rounding`` draws them; uint32."""
+    high = mix((seed >> 32).to(tl.uint32) + 0x9E3779B9)
+    key = mix(seed.to(tl.uint32) ^ high)
+    return mix(columns.to(tl.uint32) ^ (columns >> 32).to(tl.uint32) ^ key) >> 16
+
+
+@triton.jit
+def is_finite(values):
+    return tl.abs(values) < float("inf")
+
+
+@triton.jit
+def round_state(updated, old, seed, columns, ROUND: tl.constexpr):
+    """What is stored of an update, in the dtype that is computed in, and where the guard let it through."""
+    finite = is_finite(updated)
+    if ROUND:
+        bits = (updated.to(tl.uint32, bitcast=True) + random_bits(seed, columns)) & 0xFFFF0000
+        updated = bits.to(tl.float32, bitcast=True)
+        finite = finite & is_finite(updated)  # a random step up may overflow
+    return tl.where(finite, updated, old), finite
+
+
+@triton.jit
+def aligned(pointer, state: tl.constexpr):
+    """``pointer``, 16-byte aligned, as a new value that tells the compiler so (a hint on the old one would hold in all
+    places that use it); no more than lets a thread take as many elements as it can of the wider ``state`` beside them:
+    with more, one of the two would have to be passed between threads."""
+    element_bytes: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+    state_bytes: tl.constexpr = state.primitive_bitwidth // 8
+    alignment: tl.constexpr = 16 * element_bytes // state_bytes if element_bytes < state_bytes else 16
+    return tl.multiple_of(pointer.to(tl.int64).to(pointer.dtype), alignment)
+
+
+@triton.jit
+def fold(values):
+    """Neighbouring columns of a ``(rows, columns)`` tile side by side, ``(rows, columns / n, n)``: as many as a thread
+    loads at once, so that reducing them moves nothing between threads."""
+    per_thread: tl.constexpr = 16 // (values.dtype.primitive_bitwidth // 8)
+    return tl.reshape(values, [values.shape[0], values.shape[1] // per_thread, per_thread])
+
+
+@triton.jit
+def convert_out(values, dtype: tl.constexpr):
+    """Rounded to nearest even; like torch, from float64 to 16 bits by way of float32."""
+    if values.dtype == tl.float64 and dtype != tl.float64:
+        values = values.to(tl.float32)
+    return values.to(dtype)
+
+
+@triton.jit
+def alpha_of(norms, tasks, T, constant, MODE: tl.constexpr):
+    """``alpha`` of ``norms``, a block whose entries from ``T`` on mean nothing; NaN as in the reference: max and min
+    return it, median sorts it last."""
+    there = tasks < T
+    nan = tl.max((there & (norms != norms)).to(tl.int32), axis=0) > 0
+    if MODE == "max":
+        alpha = tl.where(nan, float("nan"), tl.max(tl.where(there, norms, -1), axis=0))
+    elif MODE == "min":
+        alpha = tl.where(nan, float("nan"), tl.min(tl.where(there, norms, float("inf")), axis=0))
+    elif MODE == "mean":
+        alpha = tl.sum(tl.where(there, norms, 0), axis=0) / T
+    elif MODE == "median":
+        rank = tl.zeros_like(tasks)
+        for j in range(T):
+            other = tl.zeros_like(norms) + tl.sum(tl.where(tasks == j, norms, 0), axis=0)
+            below = (other < norms) | ((norms != norms) & (other == other))
+            equal = (other == norms) | ((norms != norms) & (other != other))
+            rank += (below | (equal & (j < tasks))).to(tl.int32)
+        lower = tl.sum(tl.where(there & (rank == (T - 1) // 2), norms, 0), axis=0)
+        upper = tl.sum(tl.where(there & (rank == T // 2), norms, 0), axis=0)
+        alpha = (lower + upper) / 2
+    elif MODE == "constant":
+        alpha = tl.cast(constant, norms.dtype)
+    else:
+        alpha = tl.full([], 1, norms.dtype)
+    return alpha
+
+
+@triton.jit
+def weights_of(norms, alpha, eps, found_inf, MODE: tl.constexpr):
+    """Weights of ``norms``, given ``alpha``."""
+    if MODE == "none":
+        weights = tl.full(norms.shape, 1, norms.dtype)
+    elif norms.dtype == tl.float32:
+        weights = tl.div_rn(tl.zeros_like(norms) + alpha, norms + tl.cast(eps, norms.dtype))
+    else:
+        weights = alpha / (norms + tl.cast(eps, norms.dtype))
+    return tl.where(found_inf != 0, float("nan"), weights)
+
+
+@triton.jit
+def square_root(values):
+    """Correctly rounded."""
+    if values.dtype == tl.float32:
+        return tl.sqrt_rn(values)
+    return tl.sqrt(values)

@@ -1,0 +1,178 @@
+"""``ema_update_``: one task's gradients, wherever autograd put them, into its row of the EMA.
+
+Math      row = beta * row + (1 - beta) * (g * inv_scale), or row + (1 - beta) * ... if accumulate; the partials of the
+          chunks touched; sq_norm = sum of all partials
+Traffic   fp32: 12 bytes a column of the listed parameters; 4 ceil(P / CHUNK) for the sum, from L2.
+Parallel  one program a chunk, from the first to the last chunk of the listed parameters. Tables say where a chunk's
+          columns and its gradient are, so that nothing is searched and nothing is copied together first.
+Sync      an atomic counter; the program that arrives last adds up the partials.
+Numerics  in the state's compute dtype, multiply-adds fused. Partials are keyed by chunk and summed in chunk order: no
+          bit depends on the order of arrival nor on which gradients share a call.
+Limits    no slot twice in one call. A chunk that is not whole or whose row or gradient is not 16-byte aligned is read
+          element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dbmtl_fused._ops import CHUNK
+from dbmtl_fused.triton_kernels import checks, tuning
+from dbmtl_fused.triton_kernels.device import aligned, round_state
+from dbmtl_fused.triton_kernels.gradients import ABSENT, SKIPPED, gradient_table, listed_chunks
+from dbmtl_fused.triton_kernels.launch import on_device
+
+
+@triton.jit
+def _load_gradient(
+    address, code, start, offsets, numel, values, state: tl.constexpr, DTYPES: tl.constexpr, WHOLE: tl.constexpr
+):
+    """The gradient, or ``values`` where there is none.
+
+    ``DTYPES`` has a bit for every dtype in the call, so that what does not occur is not compiled.
+    """
+    for i in tl.static_range(4):
+        if DTYPES & (1 << i):  # noqa: SIM102  (decided by the compiler; the next one by the kernel)
+            if code == i:
+                values = _load_as(address, start, offsets, numel, values, state, i, WHOLE)
+    return values
+
+
+@triton.jit
+def _load_as(address, start, offsets, numel, values, state: tl.constexpr, CODE: tl.constexpr, WHOLE: tl.constexpr):
+    if CODE == 0:
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif CODE == 1:
+        pointer = address.to(tl.pointer_type(tl.bfloat16))
+    elif CODE == 2:
+        pointer = address.to(tl.pointer_type(tl.float16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.float64))
+    pointer += start
+    if WHOLE:
+        loaded = tl.load(aligned(pointer, state) + offsets, eviction_policy="evict_first")
+    else:
+        loaded = tl.load(pointer + offsets, mask=offsets < numel, other=0.0, eviction_policy="evict_first")
+    return loaded.to(values.dtype)
+
+
+@triton.jit(
+    do_not_specialize=["num_slots", "first_slot", "first_chunk", "num_chunks", "C"],
+    do_not_specialize_on_alignment=[
+        "table", "chunks", "beta", "inv_scale", "seed", "partials", "sq_norm", "found_inf", "arrivals",
+    ],
+)  # fmt: skip
+def ema_update_kernel(
+    row, table, num_slots, first_slot, chunks, first_chunk, num_chunks, C, beta, inv_scale, seed, partials, sq_norm,
+    found_inf, arrivals,
+    ACCUMULATE: tl.constexpr, DTYPES: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    index = first_chunk.to(tl.int64) + tl.program_id(0)
+    if tl.program_id(0) < num_chunks:
+        slot = tl.load(chunks + 3 * index) - first_slot
+        code = tl.load(table + num_slots + slot)
+        if code != SKIPPED:
+            start, numel = tl.load(chunks + 3 * index + 1), tl.load(chunks + 3 * index + 2)
+            address = tl.load(table + slot)
+            _update_chunk(
+                row + start, start, numel, address, code, beta, inv_scale, seed, partials + index, found_inf,
+                ACCUMULATE, DTYPES, ROUND, CHUNK,
+            )  # fmt: skip
+
+    arrived = tl.atomic_add(arrivals, 1, sem="acq_rel")
+    if arrived == tl.num_programs(0) - 1:
+        offsets = tl.arange(0, CHUNK)
+        sums = tl.zeros([CHUNK], partials.dtype.element_ty)
+        for first in range(0, C, CHUNK):
+            # Not from the first-level cache: other programs have just written them.
+            sums += tl.load(partials + first + offsets, mask=first + offsets < C, other=0.0, cache_modifier=".cg")
+        tl.store(sq_norm, tl.sum(sums, axis=0))
+        tl.store(arrivals, 0)
+
+
+@triton.jit
+def _update_chunk(
+    pointer, start, numel, address, code, beta, inv_scale, seed, partial, found_inf,
+    ACCUMULATE: tl.constexpr, DTYPES: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    state: tl.constexpr = pointer.dtype.element_ty
+    offsets = tl.arange(0, CHUNK)
+    none = tl.zeros([CHUNK], beta.dtype.element_ty)
+    element_bytes = tl.where(code == 0, 4, tl.where(code == 3, 8, 2))
+    whole = (numel == CHUNK) & ((pointer.to(tl.int64) | (address + start * element_bytes)) % 16 == 0)
+    if whole:
+        old = tl.load(aligned(pointer, state) + offsets).to(none.dtype)
+        grad = _load_gradient(address, code, start, offsets, numel, none, state, DTYPES, True)
+    else:
+        old = tl.load(pointer + offsets, mask=offsets < numel, other=0.0).to(none.dtype)
+        grad = _load_gradient(address, code, start, offsets, numel, none, state, DTYPES, False)
+
+    coefficient = tl.load(beta)
+    factor = tl.where(code == ABSENT, 1.0, tl.load(inv_scale))  # an infinite one must not turn no gradient into NaN
+    decayed = old if ACCUMULATE else coefficient * old
+    updated = decayed + (1 - coefficient) * (grad * factor)
+    stored, finite = round_state(updated, old, tl.load(seed) if ROUND else 0, start + offsets, ROUND)
+    if tl.max((~finite).to(tl.int32), axis=0) > 0:
+        tl.store(found_inf, 1)
+    tl.store(partial, tl.sum(stored * stored, axis=0))
+    if whole:
+        tl.store(aligned(pointer, state) + offsets, stored.to(state))
+    else:
+        tl.store(pointer + offsets, stored.to(state), mask=offsets < numel)
+
+
+def ema_update_(
+    row: Tensor,
+    grads: Sequence[Tensor | None],
+    slots: Sequence[int],
+    segments: Tensor,
+    chunks: Tensor,
+    beta: Tensor,
+    inv_scale: Tensor,
+    seed: Tensor | None,
+    partials: Tensor,
+    sq_norm: Tensor,
+    found_inf: Tensor,
+    arrivals: Tensor,
+    accumulate: bool,
+) -> None:
+    device, dtype = row.device, checks.state("row", row)
+    checks.row("row", row)
+    checks.seed("row", row, seed)
+    for name, scalar in {"beta": beta, "inv_scale": inv_scale, "sq_norm": sq_norm}.items():
+        checks.scalar(name, scalar, dtype, device)
+    checks.scalar("found_inf", found_inf, torch.float32, device)
+    checks.scalar("arrivals", arrivals, torch.int32, device)
+    checks.row("partials", partials)
+    checks.dtype("partials", partials, dtype)
+
+    listed = listed_chunks(slots, segments, row.shape[0], partials.shape[0])
+    table = gradient_table(grads, slots, listed, device)
+    with on_device(row):
+        ema_update_kernel[(max(1, listed.num_chunks),)](
+            row,
+            table.values,
+            listed.num_slots,
+            listed.first_slot,
+            chunks,
+            listed.first_chunk,
+            listed.num_chunks,
+            partials.shape[0],
+            beta,
+            inv_scale,
+            seed,
+            partials,
+            sq_norm,
+            found_inf,
+            arrivals,
+            ACCUMULATE=accumulate,
+            DTYPES=table.dtypes,
+            ROUND=seed is not None,
+            CHUNK=CHUNK,
+            num_warps=tuning.EMA_UPDATE.num_warps,
+        )
