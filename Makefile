@@ -1,8 +1,9 @@
 # One word per job. Each installs what it needs into the active environment, or into .venv if none is active.
 #   make demo    train on real digits with every balancing method
-#   make test    the test suite
+#   make test    the test suite, and once more what concerns Triton in its interpreter
 #   make lint    formatting, lint, types
 #   make bench   measure against what people would use instead
+#   make gpu     everything a machine with a GPU can show, into OUT=folder; installs nothing, takes the active python3
 # TORCH='torch==2.13.0' chooses another torch than the newest.
 
 PYTHON3 ?= python3
@@ -13,7 +14,7 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 SOURCES := setup.py csrc dbmtl_fused triton_kernels benchmarks tests examples
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.dbmtl_fused-demo
@@ -21,9 +22,13 @@ demo: $(VENV)/.dbmtl_fused-demo
 
 test: $(VENV)/.dbmtl_fused-dev
 	$(PYTHON) -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest $(ARGS)
 
 bench: $(VENV)/.dbmtl_fused-bench
 	$(PYTHON) -m dbmtl_fused bench $(ARGS)
+
+gpu:
+	$(PYTHON3) -m benchmarks.gpu --out $(or $(OUT),benchmarks/results/gpu) $(ARGS)
 
 lint: $(VENV)/.dbmtl_fused-dev
 	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,506 @@
+"""Everything that a machine with a GPU can show, by one command that installs nothing: ``python3 -m benchmarks.gpu``.
+
+It takes the active Python with the PyTorch and Triton that are there, builds the native module in place and runs from
+the checkout, in stages. Each stage is a process with a time limit, so that one that crashes or hangs takes none of the
+others along. ``gpu.json`` and ``gpu.txt`` in the folder given are written anew after every stage, and every few seconds
+during one: a machine that is switched off leaves what it has shown.
+
+``--device cpu --quick`` is a dry run of the same without a GPU. Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_OUT = ROOT / "benchmarks" / "results" / "gpu"
+PACKAGE = "dbmtl_fused"
+
+SUITE = (
+    # The most telling first: parity, bits, whole steps.
+    *("test_ops_values", "test_ops_streaming", "test_balance_function", "test_ops_rounding", "test_ops_bits"),
+    *("test_balancer_trajectory", "test_balancer_contract", "test_balancer_capture", "test_ops_compile"),
+    *("test_balancer_state", "test_balancer_errors", "test_ops_properties", "test_ops_large"),
+)
+SUITE_PATTERNS = ("test_ops_*.py", "test_balance*.py", "test_layout.py", "test_triton_*.py", "test_cuda_*.py")
+QUICK_SUITE = ("tests/test_metrics.py",)
+SUITE_ELSEWHERE = ("test_triton_aot.py", "test_triton_interpreter.py")
+"""Tests that need no GPU and are slow."""
+MAX_FAILURES = 50
+SECONDS_PER_TEST = 120
+
+# A process group for each stage, to end also what it has started.
+_OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+_LOG_CHARACTERS = 60_000
+_SHOWN_CHARACTERS = 8_000
+_SHOWN_FAILURES = 20
+_REWRITE_SECONDS = 10.0
+_INTERRUPTED_SECONDS = 15.0
+_LEAST_SECONDS = 5.0
+
+PASSED, FAILED, CUT_OFF, SKIPPED, RUNNING, WAITING = "passed", "failed", "cut off", "skipped", "running", "waiting"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    out: Path
+    stages: tuple[str, ...]
+    device: str
+    minutes: float
+    quick: bool
+    compile: bool
+    tests: str
+    workers: int
+    only: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage's command is made from."""
+
+    options: Options
+    scratch: Path  # where it leaves <name>.json, <name>.txt, <name>.lines
+    seconds: float  # until it is cut off
+
+    def module(self, name: str, *arguments: str) -> list[str]:
+        """``python -m name arguments``."""
+        return [sys.executable, "-u", "-m", name, *arguments]
+
+    def common(self) -> list[str]:
+        """Arguments that all of the benchmarks' own programs take."""
+        return ["--device", self.options.device, *(["--quick"] if self.options.quick else [])]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process.
+
+    :param limit: Seconds after which it is cut off, at most.
+    :param reserve: Seconds that earlier stages leave to it.
+    :param in_checkout: Run in the checkout itself rather than in the importable tree.
+    :param complaint: Why it has failed although its exit code is 0, or nothing.
+    """
+
+    name: str
+    purpose: str
+    command: Callable[[Context], list[str]]
+    limit: float
+    reserve: float
+    in_checkout: bool = False
+    complaint: Callable[[], str] = str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """What came of a stage."""
+
+    name: str
+    purpose: str
+    status: str = WAITING
+    reason: str = ""
+    command: str = ""
+    seconds: float = 0.0
+    limit: float = 0.0
+    exit_code: int | None = None
+    log: str = ""
+    text: str = ""  # what the stage wants shown; the end of its log if empty
+    data: Any = None
+
+    def to_text(self) -> str:
+        """What it has to show, under its name."""
+        return f"\n{f' {self.name} ':=^100}\n$ {self.command}\n{(self.text or self.log).rstrip()}"
+
+
+def _build(context: Context) -> list[str]:
+    return [sys.executable, "-u", "setup.py", "build_ext", "--inplace"]
+
+
+def _build_error() -> str:
+    """setup.py goes on without a module that cannot be built, and records why."""
+    return _text_of(ROOT / PACKAGE / "_build_error.txt").strip()[:500]
+
+
+def _info(context: Context) -> list[str]:
+    out = str(context.scratch / "info.json")
+    return context.module("benchmarks.gpu_info", "--device", context.options.device, "--out", out)
+
+
+def _parity(context: Context) -> list[str]:
+    return context.module(PACKAGE, "check", "--device", context.options.device)
+
+
+def _suite(context: Context) -> list[str]:
+    arguments = ["-p", "benchmarks.pytest_lines", "--lines", str(context.scratch / "suite.lines")]
+    arguments += ["-p", "no:cacheprovider", f"--maxfail={MAX_FAILURES}", "--rootdir", str(ROOT)]
+    parallel = importlib.util.find_spec("xdist") is not None and not context.options.quick
+    if parallel:
+        arguments += ["-p", "xdist", "-n", str(context.options.workers)]
+    if importlib.util.find_spec("pytest_timeout"):
+        # A kernel that hangs blocks its process in the driver, where signals wait. A thread ends the worker.
+        method = "thread" if parallel else "signal"
+        arguments += ["-p", "pytest_timeout", f"--timeout={SECONDS_PER_TEST}", f"--timeout-method={method}"]
+    return context.module("pytest", *arguments, *suite_tests(context.options))
+
+
+def suite_tests(options: Options) -> list[str]:
+    """Arguments that tell pytest which tests to run: those given, or the operators' and the balancer's."""
+    if options.tests:
+        return [
+            str(ROOT / word) if (ROOT / word.split("::")[0]).exists() else word for word in shlex.split(options.tests)
+        ]
+    if options.quick:
+        return [str(ROOT / test) for test in QUICK_SUITE]
+    found = {path for pattern in SUITE_PATTERNS for path in (ROOT / "tests").glob(pattern)}
+    found = {path for path in found if path.name not in SUITE_ELSEWHERE}
+    order = {name: index for index, name in enumerate(SUITE)}
+    return [str(path) for path in sorted(found, key=lambda path: (order.get(path.stem, len(order)), path.name))]
+
+
+def _operators(context: Context) -> list[str]:
+    budget = max(1.0, context.seconds - 2 * _INTERRUPTED_SECONDS)
+    arguments = [*context.common(), *(["--compile"] if context.options.compile else [])]
+    out = str(context.scratch / "operators.json")
+    return context.module("benchmarks.bench_gpu_ops", *arguments, "--seconds", f"{budget:.0f}", "--out", out)
+
+
+def _sweep(context: Context) -> list[str]:
+    arguments = [*context.common(), *(["--only", context.options.only] if context.options.only else [])]
+    budget = max(1.0, context.seconds - 2 * _INTERRUPTED_SECONDS)
+    out = str(context.scratch / "sweep.json")
+    return context.module("benchmarks.sweep_triton", *arguments, "--seconds", f"{budget:.0f}", "--out", out)
+
+
+_SUITE_ENVIRONMENT = {
+    # Plugins that happen to be installed may warn, which is an error to the suite.
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            *("build", "the native module, in place", _build),
+            limit=180,
+            reserve=60,
+            in_checkout=True,
+            complaint=_build_error,
+        ),
+        Stage("info", "machine, versions, backends", _info, limit=60, reserve=15),
+        Stage("parity", "every backend against the float64 oracle", _parity, limit=150, reserve=60),
+        Stage(
+            *("suite", "tests of operators and balancer on the device", _suite),
+            limit=420,
+            reserve=90,
+            environment=_SUITE_ENVIRONMENT,
+        ),
+        Stage("operators", "bandwidth of every operator and backend", _operators, limit=480, reserve=210),
+        Stage("sweep", "launch parameters of the Triton kernels", _sweep, limit=540, reserve=240),
+    )
+}
+"""Every stage, in the order in which they run. Those to come, such as ``sanitizer`` and ``soak``, are further rows."""
+
+DEFAULT_STAGES = ("build", "info", "parity", "suite", "operators")
+
+
+class Report:
+    """All results so far, as JSON and as text in one folder."""
+
+    def __init__(self, options: Options) -> None:
+        self._options, self._started = options, _now()
+        self.results = {name: Result(name, STAGES[name].purpose) for name in options.stages}
+
+    def write(self, finished: bool = False) -> None:
+        """Both files, each replaced in one go."""
+        content = {
+            "started": self._started,
+            "written": _now(),
+            "finished": finished,
+            "settings": {name: value for name, value in asdict(self._options).items() if name != "out"},
+            "stages": [asdict(result) for result in self.results.values()],
+        }
+        _replace(self._options.out / "gpu.json", json.dumps(content, indent=1) + "\n")
+        _replace(self._options.out / "gpu.txt", self.to_text() + "\n")
+
+    def to_text(self) -> str:
+        """A line for each stage, then what each has to show."""
+        parts = [self.summary()]
+        parts += [result.to_text() for result in self.results.values() if result.command]
+        return "\n".join(parts)
+
+    def summary(self) -> str:
+        """A line for each stage."""
+        lines = [f"{'stage':12}{'':10}{'seconds':>8}  "]
+        for result in self.results.values():
+            seconds = f"{result.seconds:.1f}" if result.command else ""
+            lines.append(f"{result.name:12}{result.status:10}{seconds:>8}  {result.reason or result.purpose}")
+        return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages.
+
+    :returns: 0, or 1 if a stage failed, was cut off or had no time left.
+    """
+    options = _parse(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = Report(options)
+    report.write()
+    deadline = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory(prefix="dbmtl_fused_gpu_") as scratch, _terminated_by_exception():
+        for name, result in report.results.items():
+            later = options.stages[options.stages.index(name) + 1 :]
+            left = deadline - time.monotonic() - sum(STAGES[other].reserve for other in later)
+            _run(STAGES[name], result, Context(options, Path(scratch), min(STAGES[name].limit, left)), report)
+            report.write()
+    report.write(finished=True)
+    _say(f"wrote {options.out}/gpu.json and gpu.txt")
+    print(report.summary(), flush=True)
+    return int(any(result.status != PASSED for result in report.results.values()))
+
+
+def _run(stage: Stage, result: Result, context: Context, report: Report) -> None:
+    """Run one stage to its end or its limit."""
+    result.limit = round(context.seconds, 1)
+    if context.seconds < _LEAST_SECONDS:
+        result.status, result.reason = SKIPPED, "no time left: give more --minutes, or fewer --stages"
+        _say(f"{stage.name}: {result.status}, {result.reason}")
+        return
+    command = stage.command(context)
+    result.status, result.command = RUNNING, _without_paths(shlex.join(command), context.scratch)
+    _say(f"{stage.name}: {stage.purpose}, at most {context.seconds:.0f} s\n$ {result.command}")
+    tree = importable_tree(context.scratch / "tree")
+    started = time.monotonic()
+    log = context.scratch / f"{stage.name}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT if stage.in_checkout else tree,
+            env={**_environment(tree, context.options.device), **stage.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            **_OWN_GROUP,
+        )
+        try:
+            cut_off = not _wait(process, started + context.seconds, lambda: _collect(result, context, started, report))
+        finally:
+            _end_group(process)
+    result.exit_code = process.returncode
+    _read(result, context.scratch)
+    result.seconds = round(time.monotonic() - started, 1)
+    _judge(result, cut_off, stage.complaint())
+    _say(f"{stage.name}: {result.status} after {result.seconds:.1f} s {result.reason}")
+    print((result.text or result.log)[-_SHOWN_CHARACTERS:], flush=True)
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float, each_time: Callable[[], None]) -> bool:
+    """Wait until the process ends, calling ``each_time`` now and then; False if it had to be interrupted."""
+    while (left := deadline - time.monotonic()) > 0:
+        if _ended(process, min(_REWRITE_SECONDS, left)):
+            return True
+        each_time()
+    process.send_signal(signal.SIGINT)  # pytest then says what it has
+    _ended(process, _INTERRUPTED_SECONDS)
+    return False
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether the process ends within ``seconds``."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the process and of those it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _collect(result: Result, context: Context, started: float, report: Report) -> None:
+    """Write what a running stage has shown so far."""
+    _read(result, context.scratch)
+    result.seconds = round(time.monotonic() - started, 1)
+    report.write()
+
+
+def _read(result: Result, scratch: Path) -> None:
+    """Take over what a stage has written."""
+    result.log = _without_paths(_text_of(scratch / f"{result.name}.log"), scratch)[-_LOG_CHARACTERS:]
+    result.text = _text_of(scratch / f"{result.name}.txt")
+    with contextlib.suppress(json.JSONDecodeError):  # being written just now: what was read before stays
+        if content := _text_of(scratch / f"{result.name}.json"):
+            result.data = json.loads(content)
+    if lines := _text_of(scratch / f"{result.name}.lines"):
+        result.data = read_lines(lines)
+        result.text = lines_to_text(result.data)
+
+
+def _judge(result: Result, cut_off: bool, complaint: str) -> None:
+    if cut_off:
+        result.status, result.reason = CUT_OFF, f"reached its limit of {result.limit:.0f} s"
+    elif complaint:
+        result.status, result.reason = FAILED, complaint
+    elif result.exit_code == 0:
+        result.status = PASSED
+        left_out = result.data.get("settings", {}).get("left_out") if isinstance(result.data, dict) else None
+        result.reason = f"{len(left_out)} tables left out for want of time" if left_out else ""
+    else:
+        result.status, result.reason = FAILED, f"exit code {result.exit_code}"
+        if result.exit_code is not None and result.exit_code < 0:
+            result.reason = f"killed by {signal.Signals(-result.exit_code).name}"
+
+
+def read_lines(lines: str) -> dict[str, Any]:
+    """What :mod:`benchmarks.pytest_lines` wrote: counts, failures, skips by reason, the slowest tests."""
+    tests = []
+    for line in lines.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the last may be half a line
+            tests.append(json.loads(line))
+    counts = {outcome: sum(test["outcome"] == outcome for test in tests) for outcome in (PASSED, FAILED, SKIPPED)}
+    skips: dict[str, list[str]] = {}
+    for test in tests:
+        if test["outcome"] == SKIPPED:
+            skips.setdefault(test["why"], []).append(test["test"])
+    files: dict[str, dict[str, float]] = {}
+    for test in tests:
+        of_file = files.setdefault(test["test"].split("::")[0], {"tests": 0, "seconds": 0.0})
+        of_file["tests"] += 1
+        of_file["seconds"] = round(of_file["seconds"] + test["seconds"], 3)
+    return {
+        "counts": counts,
+        "failures": [test for test in tests if test["outcome"] == FAILED],
+        "skips": skips,
+        "files": files,
+        "slowest": sorted(tests, key=lambda test: -test["seconds"])[:20],
+    }
+
+
+def lines_to_text(found: Mapping[str, Any]) -> str:
+    """Counts first, then what failed, then what was not shown and why."""
+    parts = [", ".join(f"{count} {outcome}" for outcome, count in found["counts"].items())]
+    parts += [f"  {name}: {of['tests']:.0f} tests, {of['seconds']:.1f} s" for name, of in found["files"].items()]
+    for index, test in enumerate(found["failures"]):
+        parts.append(f"FAILED {test['test']}")
+        if index < _SHOWN_FAILURES:
+            parts.append(test["why"][-2000:])
+    for reason, tests in found["skips"].items():
+        parts.append(f"skipped, {reason}: {len(tests)}, such as {tests[0]}")
+    return "\n".join(parts)
+
+
+def importable_tree(tree: Path) -> Path:
+    """A folder from which the package can be imported without being installed.
+
+    ``triton_kernels`` stands beside the package in the checkout but is imported as part of it, which an installation
+    sees to. Here, links do. Made anew for each stage: the build adds files.
+    """
+    package = tree / PACKAGE
+    package.mkdir(parents=True, exist_ok=True)
+    sources = [path for path in (ROOT / PACKAGE).iterdir() if path.name != "__pycache__"]
+    for link, source in [
+        *((package / path.name, path) for path in sources),
+        (package / "triton_kernels", ROOT / "triton_kernels"),
+        (tree / "benchmarks", ROOT / "benchmarks"),
+    ]:
+        if not link.is_symlink():
+            link.symlink_to(source)
+    return tree
+
+
+def _environment(tree: Path, device: str) -> dict[str, str]:
+    """That of a stage: it imports from ``tree``, which is also where it runs, and before all that is installed."""
+    paths = [str(tree), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        **os.environ,
+        "TRITON_INTERPRET": "0",  # kernels are compiled
+        "PYTHONPATH": os.pathsep.join(paths),
+        "DBMTL_FUSED_TEST_DEVICE": device,
+        "TQDM_DISABLE": "1",
+    }
+
+
+@contextlib.contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Let SIGTERM end the running stage on the way out."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _replace(path: Path, content: str) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(content)
+    new.replace(path)
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _without_paths(text: str, scratch: Path) -> str:
+    """``text`` without what differs between machines: reports are compared."""
+    for folder in (scratch / "tree", scratch, ROOT):
+        text = text.replace(f"{folder}/", "")
+    return text.replace(str(ROOT), ".").replace(sys.executable, "python3")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _say(line: str) -> None:
+    print(f"[{datetime.datetime.now():%H:%M:%S}] {line}", flush=True)
+
+
+def _parse(argv: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m benchmarks.gpu",
+        description=__doc__,
+        epilog="\n".join(["stages:", *(f"  {stage.name:12}{stage.purpose}" for stage in STAGES.values())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Path(os.environ.get("OUT") or DEFAULT_OUT)
+    parser.add_argument("--out", type=Path, default=default, help="folder for gpu.json and gpu.txt (default: $OUT)")
+    parser.add_argument("--stages", default=",".join(DEFAULT_STAGES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together (default: 9)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs")
+    parser.add_argument("--compile", action="store_true", help="operators: time torch.compile(reference) too")
+    parser.add_argument("--tests", default="", help="suite: pytest's arguments instead of the default selection")
+    parser.add_argument("--workers", type=int, default=8, help="suite: processes of pytest-xdist (default: 8)")
+    parser.add_argument("--only", default="", help="sweep: comma-separated kernels")
+    parsed = vars(parser.parse_args(argv))
+    wanted = parsed["stages"].split(",")
+    if unknown := [name for name in wanted if name not in STAGES]:
+        parser.error(f"--stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
+    parsed["out"] = parsed["out"].resolve()
+    parsed["stages"] = tuple(name for name in STAGES if name in wanted)
+    return Options(**parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

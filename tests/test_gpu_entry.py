@@ -1,0 +1,444 @@
+"""``make gpu`` without a GPU: its dry run, its reports when stages fail, and the arithmetic behind its figures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import bench_gpu_ops, gpu, graph_timing, shapes
+from benchmarks.bench_gpu_ops import BF16_GRADS, BF16_STATE, FP32
+from benchmarks.gpu import CUT_OFF, FAILED, PASSED, SKIPPED, Context, Stage
+from benchmarks.graph_timing import GraphTimer, SlopeTimer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def numbers(of: Sequence[shapes.Shape]) -> int:
+    return sum(torch.Size(shape).numel() for shape in of)
+
+
+def read(out: Path) -> dict[str, Any]:
+    return json.loads((out / "gpu.json").read_text())
+
+
+def stages(out: Path) -> dict[str, dict[str, Any]]:
+    return {stage["name"]: stage for stage in read(out)["stages"]}
+
+
+# --- The whole command
+
+
+def test_a_dry_run_goes_through_all_stages_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tests = "tests/test_layout.py -k 'not sparse'"
+    arguments = ["--device", "cpu", "--quick", "--stages", "info,parity,suite,operators", "--tests", tests]
+    code = gpu.main([*arguments, "--out", str(tmp_path)])
+    assert code == 0, capfd.readouterr().out
+
+    written, found = read(tmp_path), stages(tmp_path)
+    assert written["finished"]
+    assert written["settings"]["quick"]
+    assert [stage["status"] for stage in found.values()] == [PASSED] * 4
+    assert list(found) == ["info", "parity", "suite", "operators"]
+    assert {"commit", "dirty", "versions", "why_not", "packages"} <= found["info"]["data"].keys()
+    assert "all right" in found["parity"]["log"]
+    counts = found["suite"]["data"]["counts"]
+    assert counts["passed"] > 0
+    assert counts["failed"] == 0
+
+    operators = found["operators"]["data"]
+    assert operators["settings"]["failures"] == []
+    titles = [section["title"].split(" ")[0] for section in operators["sections"]]
+    assert {"balance_", "combine", "ema_update_", "the"} == set(titles)
+    balance = operators["sections"][0]
+    assert {bench_gpu_ops.MEMCPY, "LibMTL's expression", "tight eager", "dbmtl_fused reference"} <= set(
+        balance["candidates"]
+    )
+    assert all(len(of["samples"]) == operators["settings"]["rounds"] for of in balance["candidates"].values())
+    assert any("skipped, as they need a GPU" in note for note in balance["notes"])
+
+    text = (tmp_path / "gpu.txt").read_text()
+    assert all(name in text for name in (*found, "skipped, as they need a GPU", balance["title"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.txt"]
+
+
+@pytest.fixture
+def stage_table(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Stages that run a line of Python each; a test fills it before it calls ``run``."""
+    programs: dict[str, str] = {}
+
+    def command(name: str) -> Any:
+        return lambda context: [sys.executable, "-c", programs[name].format(out=context.options.out)]
+
+    table = {name: Stage(name, f"the {name} one", command(name), limit=30, reserve=1) for name in ("a", "b", "c")}
+    monkeypatch.setattr(gpu, "STAGES", table)
+    monkeypatch.setattr(gpu, "_INTERRUPTED_SECONDS", 0.5)
+    return programs
+
+
+def run(out: Path, *arguments: str) -> int:
+    return gpu.main(["--device", "cpu", "--stages", "a,b,c", "--out", str(out), *arguments])
+
+
+STATUS_OF_A = "import json; a = json.load(open('{out}/gpu.json'))['stages'][0]; print(a['status'], *a['log'].split())"
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [("raise SystemExit(3)", "exit code 3"), ("import os; os.abort()", "killed by SIGABRT")],
+)
+def test_a_stage_that_fails_is_reported_at_once_and_the_rest_runs(
+    stage_table: dict[str, str], tmp_path: Path, program: str, reason: str
+) -> None:
+    stage_table.update(a=f"print('so far', flush=True); {program}", b=STATUS_OF_A, c="pass")
+    assert run(tmp_path) == 1
+    found = stages(tmp_path)
+    assert (found["a"]["status"], found["a"]["reason"]) == (FAILED, reason)
+    assert "so far" in found["a"]["log"]
+    assert found["b"]["log"].startswith("failed so far")  # the report that lay there when the second stage ran
+    assert [found[name]["status"] for name in "bc"] == [PASSED, PASSED]
+
+
+def test_a_stage_that_hangs_is_cut_off_with_all_it_started(
+    stage_table: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_REWRITE_SECONDS", 0.1)
+    monkeypatch.setattr(gpu, "_LEAST_SECONDS", 0.0)
+    stage_table.update(
+        a="import signal, subprocess, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); time.sleep(60)",
+        b=STATUS_OF_A,
+        c="pass",
+    )
+    monkeypatch.setitem(gpu.STAGES, "a", Stage("a", "hangs", gpu.STAGES["a"].command, limit=2, reserve=1))
+    assert run(tmp_path) == 1
+    found = stages(tmp_path)
+    assert (found["a"]["status"], found["a"]["reason"]) == (CUT_OFF, "reached its limit of 2 s")
+    assert found["b"]["log"].startswith("cut off")
+    state = Path(f"/proc/{int(found['a']['log'])}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert found["c"]["status"] == PASSED
+
+
+def test_a_running_stage_is_in_the_report(
+    stage_table: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_REWRITE_SECONDS", 0.1)
+    stage_table.update(a=f"import time; print('begun', flush=True); time.sleep(1); {STATUS_OF_A}", b="pass", c="pass")
+    assert run(tmp_path) == 0
+    assert stages(tmp_path)["a"]["log"] == "begun\nrunning begun\n"
+
+
+def test_stages_without_time_are_skipped_aloud(stage_table: dict[str, str], tmp_path: Path) -> None:
+    stage_table.update(a="pass", b="pass", c="pass")
+    assert run(tmp_path, "--minutes", "0.1") == 1
+    found = stages(tmp_path)
+    assert [stage["status"] for stage in found.values()] == [SKIPPED, SKIPPED, PASSED]
+    assert found["a"]["reason"] == "no time left: give more --minutes, or fewer --stages"
+    assert "no time left" in (tmp_path / "gpu.txt").read_text()
+
+
+def test_a_build_that_setup_py_gave_up_is_a_failure(
+    stage_table: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_table.update(a="pass", b="pass", c="pass")
+    build = Stage("a", "builds", gpu.STAGES["a"].command, 30, 1, complaint=lambda: "no compiler")
+    monkeypatch.setitem(gpu.STAGES, "a", build)
+    assert run(tmp_path) == 1
+    assert stages(tmp_path)["a"]["reason"] == "no compiler"
+
+
+def test_an_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--stages", "info,sute"])
+    assert "--stages must be among build, info, parity, suite, operators, sweep, got sute" in capsys.readouterr().err
+
+
+def test_make_gpu_runs_the_command_with_the_active_python() -> None:
+    command = ["make", "--dry-run", "gpu", "OUT=some/folder", "ARGS=--quick"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown == "python3 -m benchmarks.gpu --out some/folder --quick\n"
+
+
+# --- What stages are made of
+
+
+def options(tmp_path: Path, *arguments: str) -> gpu.Options:
+    return gpu._parse(["--out", str(tmp_path), *arguments])
+
+
+def test_the_tree_holds_the_package_as_it_would_be_installed(tmp_path: Path) -> None:
+    tree = gpu.importable_tree(tmp_path)
+    assert gpu.importable_tree(tmp_path) == tree  # again, for the next stage
+    names = {
+        "dbmtl_fused": "dbmtl_fused/__init__.py",
+        "dbmtl_fused.triton_kernels": "dbmtl_fused/triton_kernels/__init__.py",
+        "benchmarks.gpu": "benchmarks/gpu.py",
+    }
+    code = f"import importlib.util as u; print(*(u.find_spec(name).origin for name in {[*names]}), sep='\\n')"
+    environment = gpu._environment(tree, "cpu")
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == [str(tree / path) for path in names.values()]
+
+
+def test_the_suite_has_the_tests_of_operators_and_balancer_the_most_telling_first(tmp_path: Path) -> None:
+    names = [Path(test).name for test in gpu.suite_tests(options(tmp_path))]
+    assert names[:3] == ["test_ops_values.py", "test_ops_streaming.py", "test_balance_function.py"]
+    assert len(names) == len(set(names))
+    assert {"test_balancer_contract.py", "test_ops_isa.py", "test_layout.py"} <= set(names)
+    assert not {"test_demo.py", "test_gpu_entry.py", "test_benchmarks.py"} & set(names)
+    assert {f"{name}.py" for name in gpu.SUITE} <= set(names)
+
+
+def test_the_operators_stage_stops_by_itself_before_it_is_cut_off(tmp_path: Path) -> None:
+    command = gpu.STAGES["operators"].command(Context(options(tmp_path), tmp_path, 200.0))
+    assert float(command[command.index("--seconds") + 1]) < 200
+
+
+def test_the_default_stages_fit_their_time(tmp_path: Path) -> None:
+    chosen = options(tmp_path)
+    assert chosen.stages == ("build", "info", "parity", "suite", "operators")
+    assert sum(gpu.STAGES[name].reserve for name in chosen.stages) <= 60 * chosen.minutes
+
+
+def test_every_test_that_fails_or_is_skipped_is_in_the_report(tmp_path: Path) -> None:
+    test = tmp_path / "test_few.py"
+    test.write_text(
+        textwrap.dedent("""
+            import pytest
+            def test_right(): pass
+            def test_wrong(): assert 1 + 1 == 3, "bad sum"
+            def test_left_out(): pytest.skip("no such thing")
+            @pytest.fixture
+            def broken(): raise OSError("no fixture")
+            def test_broken(broken): pass
+        """)
+    )
+    out = tmp_path / "out"
+    arguments = ["--device", "cpu", "--quick", "--stages", "suite", "--out", str(out)]
+    assert gpu.main([*arguments, "--tests", str(test)]) == 1
+    suite = stages(out)["suite"]
+    assert suite["data"]["counts"] == {"passed": 1, "failed": 2, "skipped": 1}
+    assert [of["test"].split("::")[1] for of in suite["data"]["failures"]] == ["test_wrong", "test_broken"]
+    assert "bad sum" in suite["data"]["failures"][0]["why"]
+    (reason,) = suite["data"]["skips"]
+    assert reason == "no such thing"
+    assert "bad sum" in (out / "gpu.txt").read_text()
+
+
+def test_lines_of_a_suite_that_was_killed_are_read_as_far_as_they_go() -> None:
+    whole = json.dumps({"test": "f.py::t", "outcome": PASSED, "seconds": 1.0, "why": ""})
+    found = gpu.read_lines(f"{whole}\n{whole[:20]}")
+    assert found["counts"] == {"passed": 1, "failed": 0, "skipped": 0}
+    assert found["files"] == {"f.py": {"tests": 1, "seconds": 1.0}}
+
+
+# --- Timers
+
+
+class FakeGPU:
+    """What :mod:`benchmarks.graph_timing` takes of ``torch.cuda``; a replay takes 10 s, and 1 s for each call in it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.clock = 0.0
+        self.Stream = self.current_stream = lambda: mock.Mock()
+        self.stream = lambda stream: contextlib.nullcontext()
+
+    def call(self, name: str) -> Callable[[], None]:
+        return lambda: self.calls.append(name)
+
+    def CUDAGraph(self) -> Any:
+        graph = mock.Mock(captured=[])
+
+        def replay() -> None:
+            self.clock += 10 + len(graph.captured)
+
+        graph.replay = replay
+        return graph
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, stream: Any) -> Iterator[None]:
+        before = len(self.calls)
+        yield
+        graph.captured = self.calls[before:]
+
+    def Event(self, enable_timing: bool) -> Any:
+        event = mock.Mock()
+        event.record = lambda: setattr(event, "time", self.clock)
+        event.elapsed_time = lambda stop: 1e3 * (stop.time - event.time)
+        return event
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
+    fake = FakeGPU()
+    monkeypatch.setattr(graph_timing, "torch", SimpleNamespace(cuda=fake))
+    monkeypatch.setattr(graph_timing, "_side_stream", fake.Stream)
+    return fake
+
+
+def test_a_graph_goes_through_all_buffer_sets_equally_often(fake_gpu: FakeGPU) -> None:
+    timer = GraphTimer([fake_gpu.call(name) for name in "abc"], calls=20)
+    assert timer.calls == 21
+    assert fake_gpu.calls == [*"abc"] * 2 + [*"abc"] * 7  # in the open, then captured
+    assert timer().seconds == pytest.approx((10 + 21) / 21)
+
+
+def test_the_slope_of_a_graph_leaves_out_what_a_replay_costs(fake_gpu: FakeGPU) -> None:
+    timer = SlopeTimer([fake_gpu.call(name) for name in "ab"], calls=5)
+    assert timer().seconds == pytest.approx(1)
+    assert len(fake_gpu.calls) == 4 + 6 + 4 + 12
+
+
+def test_buffer_sets_together_are_four_times_the_cache(fake_gpu: FakeGPU) -> None:
+    fake_gpu.get_device_properties = lambda device: SimpleNamespace(L2_cache_size=60)  # type: ignore[attr-defined]
+    device = SimpleNamespace(type="cuda")
+    assert [graph_timing.buffer_sets(size, device) for size in (1, 100, 240, 1000)] == [240, 3, 1, 1]
+
+
+# --- Sizes and bytes
+
+
+def test_parameters_of_resnet50() -> None:
+    params = shapes.resnet50()
+    assert len(params) == 161
+    assert numbers(params) == 25_557_032
+    assert params[:2] == [(64, 3, 7, 7), (64,)]
+    assert params[-2:] == [(1000, 2048), (1000,)]
+    assert params.count((512, 512, 3, 3)) == 3
+
+
+def test_parameters_of_vit_large() -> None:
+    params = shapes.vit_large()
+    assert len(params) == 296
+    assert numbers(params) == 304_326_632
+    assert params.count((4096, 1024)) == params.count((1024, 4096)) == 24
+
+
+def test_byte_models() -> None:
+    T, P = 3, 1000
+    assert FP32.balance_bytes(T, P) == (4 * T + 1) * P * 4
+    assert FP32.combine_bytes(T, P) == (T + 1) * P * 4
+    assert FP32.ema_update_bytes(P) == 3 * P * 4
+    assert BF16_GRADS.balance_bytes(T, P) == (3 * T * 4 + T * 2 + 2) * P
+    assert BF16_GRADS.combine_bytes(T, P) == (T * 4 + 2) * P
+    assert BF16_GRADS.ema_update_bytes(P) == (4 + 4 + 2) * P
+    assert BF16_STATE.balance_bytes(T, P) == (4 * T + 1) * P * 2
+    assert BF16_STATE.combine_bytes(T, P) == (T + 1) * P * 2
+    assert BF16_STATE.ema_update_bytes(P) == 3 * P * 2
+
+
+@pytest.mark.parametrize("T", bench_gpu_ops.TASKS)
+def test_the_large_size_is_just_large_enough(T: int) -> None:
+    P = bench_gpu_ops.columns_of(T, 2**30)
+    assert P % 256 == 0
+    assert 2**30 <= 4 * T * P < 2**30 + 4 * T * 256
+
+
+def test_the_yardstick_copies_as_many_bytes() -> None:
+    ((copy, *_),) = bench_gpu_ops.copies(FP32.balance_bytes(3, 1024), torch.device("cpu")).values()
+    assert 2 * copy.args[0].nbytes == FP32.balance_bytes(3, 1024)
+
+
+def test_every_size_of_the_plan_is_measured_once() -> None:
+    names = [name for name, _ in bench_gpu_ops.plan(quick=False)]
+    assert len(names) == len(set(names))
+    for T in (2, 3, 5, 11, 16):
+        for P in (100_000, 6_700_000, 11_200_000, 25_600_000, bench_gpu_ops.columns_of(T, 2**30)):
+            assert f"balance, {T}, {P}, fp32" in names
+        assert f"combine, {T}, 11200000, fp32" in names
+
+
+def test_a_wrong_candidate_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    found = bench_gpu_ops.Run(device, rounds=2, quick=True, compiled=False, deadline=0.0)
+    monkeypatch.setattr(bench_gpu_ops.comparators.TightEager, "__call__", lambda self: self.out.fill_(torch.nan))
+    bench_gpu_ops.measure_balance(found, 2, 100, FP32)
+    (section,) = found.sections
+    assert "tight eager" not in section.samples
+    assert "LibMTL's expression" in section.samples
+    (failure,) = found.failures
+    assert failure.startswith("balance_ fp32, T=2, P=0.0001M: tight eager: AssertionError: differs from float64 by inf")
+
+
+def test_what_time_does_not_allow_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "operators.json"
+    assert bench_gpu_ops.main(["--device", "cpu", "--quick", "--seconds", "-1", "--out", str(out)]) == 0
+    assert len(json.loads(out.read_text())["settings"]["left_out"]) == len(bench_gpu_ops.plan(quick=True))
+    assert "left out for want of time:\n  balance, 3, 5000, fp32" in capsys.readouterr().out
+
+
+# --- What takes Triton
+
+
+def interpret(code: str) -> None:
+    """Run ``code`` in a process whose Triton kernels are interpreted."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    paths = os.pathsep.join([str(ROOT / "tests"), *sys.path, str(ROOT)])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", f"import triton_interpreter\n{textwrap.dedent(code)}"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_stream_kernels_compute_what_they_say() -> None:
+    interpret("""
+        import torch
+        from benchmarks import stream_kernels
+        rows, other, out = torch.randn(3, 5000), torch.randn(3, 5000), torch.full((5000,), torch.nan)
+        stream_kernels.add_rows(rows, out)
+        torch.testing.assert_close(out, rows.sum(0))
+        expected = (rows + other) / 2
+        stream_kernels.update(rows, other)
+        torch.testing.assert_close(rows, expected)
+        stream_kernels.copy(rows, other)
+        assert torch.equal(rows, other)
+        stream_kernels.empty(out)
+    """)
+
+
+def test_the_sweep_runs_under_the_interpreter(tmp_path: Path) -> None:
+    out = tmp_path / "sweep.json"
+    arguments = ["--device", "cpu", "--quick", "--out", str(out)]
+    interpret(f"from benchmarks import sweep_triton; raise SystemExit(sweep_triton.main({arguments}))")
+    written = json.loads(out.read_text())
+    assert [line.split(" = ")[0] for line in written["chosen"]] == ["EMA_UPDATE", "COMBINE[4]", "BALANCE[4]"]
+    outcomes = [outcome for of in written["outcomes"].values() for outcome in of]
+    assert len(outcomes) >= 6
+    assert all(outcome["shares"] and not outcome["reason"] for outcome in outcomes)
+
+
+def test_the_sweep_changes_tables_only_while_it_measures() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from benchmarks.sweep_triton import Choice, Outcome, around, chosen, neighbours, together
+    from benchmarks.timing import Quartiles
+    from dbmtl_fused.triton_kernels import tuning
+
+    before, entry = tuning.combine(4), tuning.COMBINE[4]
+    current = Choice("COMBINE", 4, entry)
+    fields = {"block": around(entry.block), "num_warps": (entry.num_warps, 2 * entry.num_warps)}
+    choices = neighbours(current, fields)
+    assert [choice.entry.block for choice in choices] == [entry.block, entry.block // 2, 2 * entry.block, entry.block]
+    with chosen(choices[1]):
+        assert tuning.combine(4).block == entry.block // 2
+    assert tuning.combine(4) == before
+
+    speeds = (0.8, 0.7, 0.9, 0.85)
+    outcomes = [Outcome(choice, {"p": Quartiles(*[speed] * 3)}) for choice, speed in zip(choices, speeds, strict=True)]
+    best = together(outcomes, fields).entry
+    assert (best.block, best.num_warps) == (2 * entry.block, 2 * entry.num_warps)
