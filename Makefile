@@ -42,7 +42,7 @@ format: $(VENV)/.dbmtl_fused-dev
 	$(VENV)/bin/clang-format -i $(NATIVE)
 
 clean:
-	rm -rf build dist *.egg-info dbmtl_fused/_C*.so dbmtl_fused/_build_error.txt $(VENV)/.dbmtl_fused-*
+	rm -rf build dist *.egg-info dbmtl_fused/_C*.so dbmtl_fused/_build_error*.txt $(VENV)/.dbmtl_fused-*
 
 $(PYTHON):
 	$(PYTHON3) -m venv $(VENV)

@@ -1,15 +1,21 @@
-"""Build of the native module ``dbmtl_fused._C``; metadata is in pyproject.toml.
+"""Build of the native modules ``dbmtl_fused._C`` (CPU) and ``dbmtl_fused._C_cuda``; metadata is in pyproject.toml.
 
-The module is optional: where it cannot be built, the package installs without it, and ``python -m dbmtl_fused info``
-prints why. It keeps to torch's stable ABI of ``TORCH_TARGET``, so that it loads in that release and every later one,
-whichever it was built with.
+Both are optional: where one cannot be built, the package installs without it, and ``python -m dbmtl_fused info`` prints
+why. They keep to torch's stable ABI of ``TORCH_TARGET``, so that they load in that release and every later one,
+whichever they were built with. CUDA is a module of its own, as it needs libtorch_cuda: the other loads without.
 
 Environment: ``CXX`` the compiler, ``MAX_JOBS`` parallel jobs, ``DBMTL_FUSED_WERROR=1`` makes warnings errors.
+``DBMTL_FUSED_CUDA=0`` builds no CUDA, ``=1`` makes it an error if that cannot be built; by default it is built where
+there is a CUDA toolkit (``CUDA_HOME``, or ``nvcc`` on the path) and torch has CUDA. ``TORCH_CUDA_ARCH_LIST`` replaces
+``CUDA_ARCHITECTURES``.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +25,27 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 MODULE = "dbmtl_fused._C"
+CUDA_MODULE = "dbmtl_fused._C_cuda"
+RECORDS = {MODULE: "_build_error.txt", CUDA_MODULE: "_build_error_cuda.txt"}
 TORCH_TARGET = (2, 11)
+CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+WERROR = os.environ.get("DBMTL_FUSED_WERROR") == "1"
+
+
+def find_toolkit() -> str | None:
+    """The root of the CUDA toolkit. ``nvcc`` itself is asked, as what is on the path may be a script."""
+    if home := os.environ.get("CUDA_HOME"):
+        return home
+    if (nvcc := shutil.which("nvcc")) is None:
+        return None
+    result = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    found = re.search(r"^#\$ TOP=(.+)$", result.stderr, re.MULTILINE)
+    return str(Path(found[1].strip()).resolve()) if found else None
+
+
+TOOLKIT = find_toolkit()
+if TOOLKIT is not None:
+    os.environ["CUDA_HOME"] = TOOLKIT  # torch.utils.cpp_extension reads it when it is imported
 
 BuildExtension: Any = build_ext
 missing: ImportError | None = None
@@ -31,55 +57,96 @@ except ImportError as error:
     missing = error
 
 
-def native_module() -> Extension:
+def files(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+def cxx_flags(headers: list[str]) -> list[str]:
+    """Of every C++ file. Other people's headers come as system headers: their warnings are not ours."""
+    major, minor = TORCH_TARGET
+    return [
+        "-std=c++17",
+        "-O3",
+        # Bitwise equality with the reference, and between instruction sets, forbids fused multiply-adds.
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-g0",
+        f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
+        *["-Wall", "-Wextra", *(["-Werror"] if WERROR else [])],
+        *(f"-isystem{path}" for path in headers),
+    ]
+
+
+def cpu_module() -> Extension:
     if missing is not None:
         return Extension(MODULE, sources=[])  # keeps its place, so that OptionalBuild runs and records why
-    warnings = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("DBMTL_FUSED_WERROR") == "1" else [])]
-    major, minor = TORCH_TARGET
-    # As system headers: their warnings are not ours. pybind11's own come first: torch's copy refuses
-    # TORCH_TARGET_VERSION.
-    headers = [pybind11.get_include(), *include_paths()]
     extension = CppExtension(
         MODULE,
-        sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
-        extra_compile_args=[
-            "-std=c++17",
-            "-O3",
-            # Bitwise equality with the reference, and between instruction sets, forbids fused multiply-adds.
-            "-ffp-contract=off",
-            "-fvisibility=hidden",
-            "-g0",
-            f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
-            *warnings,
-            *(f"-isystem{path}" for path in headers),
-        ],
+        sources=files("*.cpp", "cpu/*.cpp"),
+        depends=files("*.h", "cpu/*.h"),
+        # pybind11's own headers come first: torch's copy refuses TORCH_TARGET_VERSION.
+        extra_compile_args=cxx_flags([pybind11.get_include(), *include_paths()]),
     )
     extension.libraries = ["torch_cpu"]  # the stable ABI is all in there; Python's symbols come from the process
     return extension
 
 
+def cuda_module() -> Extension:
+    if missing is not None or TOOLKIT is None:
+        return Extension(CUDA_MODULE, sources=[])
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    headers = [pybind11.get_include(), *include_paths(), str(Path(TOOLKIT) / "include")]
+    facts = ["-DUSE_CUDA", f'-DDBMTL_CUDA_ARCHITECTURES="{architectures}"']
+    extension = CppExtension(
+        CUDA_MODULE,
+        sources=files("cuda/*.cu", "cuda/*.cpp", "checks.cpp"),
+        depends=files("*.h", "cuda/*.h", "cuda/*.cuh"),
+        extra_compile_args={
+            "cxx": [*cxx_flags(headers), *facts],
+            "nvcc": [
+                "-std=c++17",
+                "-O3",
+                "-fmad=false",  # see -ffp-contract above
+                "-lineinfo",
+                "-Xptxas=-v",
+                "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra",
+                *(["-Werror=all-warnings"] if WERROR else []),
+            ],
+        },
+    )
+    # The runtime is linked in: nothing but the driver has to be there, nor to be of one version with torch's.
+    extension.libraries = ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+    extension.library_dirs += [str(Path(TOOLKIT) / folder) for folder in ("lib64", "lib")]
+    return extension
+
+
 class OptionalBuild(BuildExtension):
-    """Builds the module, or records why it could not."""
+    """Builds each module, or records why it could not."""
 
     def run(self) -> None:
         package = Path(self.get_ext_fullpath(MODULE)).parent
-        record = package / "_build_error.txt"
-        try:
-            check_requirements()
-            super().run()
-            record.unlink(missing_ok=True)
-        except Exception as error:  # whatever compilers and build tools come up with
-            reason = f"the native module could not be built: {error}"
-            for stale in package.glob("_C*.so"):
-                stale.unlink()
-            package.mkdir(parents=True, exist_ok=True)
-            record.write_text(reason + "\n")
-            self.extensions: list[Extension] = []  # nothing to copy or to install
-            print(f"\n*** dbmtl_fused is installed without its native backends:\n*** {reason}\n", file=sys.stderr)
+        package.mkdir(parents=True, exist_ok=True)
+        built: list[Extension] = []
+        for module in self.distribution.ext_modules or []:
+            record = package / RECORDS[module.name]
+            self.extensions: list[Extension] = [module]
+            self.compiler = None  # what it was before the first run
+            try:
+                check_requirements(module.name)
+                super().run()
+                record.unlink(missing_ok=True)
+                built.append(module)
+            except Exception as error:  # whatever compilers and build tools come up with
+                if module.name == CUDA_MODULE and os.environ.get("DBMTL_FUSED_CUDA") == "1":
+                    raise
+                for stale in package.glob(f"{module.name.split('.')[-1]}.*.so"):
+                    stale.unlink()
+                record.write_text(f"{error}\n")
+                print(f"\n*** dbmtl_fused is installed without {module.name}:\n*** {error}\n", file=sys.stderr)
+        self.extensions = built  # nothing else to copy or to install
 
 
-def check_requirements() -> None:
+def check_requirements(module: str) -> None:
     if missing is not None:
         raise RuntimeError(
             f"torch and pybind11 are needed at build time ({missing}): "
@@ -87,12 +154,19 @@ def check_requirements() -> None:
         )
     if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_TARGET:
         raise RuntimeError(f"torch >= {'.'.join(map(str, TORCH_TARGET))} is needed, found {torch.__version__}")
+    if module == CUDA_MODULE:
+        if os.environ.get("DBMTL_FUSED_CUDA") == "0":
+            raise RuntimeError("DBMTL_FUSED_CUDA=0 when it was built")
+        if torch.version.cuda is None:
+            raise RuntimeError(f"torch {torch.__version__}, with which it was built, has no CUDA")
+        if TOOLKIT is None:
+            raise RuntimeError("no CUDA toolkit when it was built: CUDA_HOME is not set and nvcc not on the path")
 
 
 setup(
     packages=[*find_packages(include=["dbmtl_fused", "dbmtl_fused.*"]), "dbmtl_fused.triton_kernels"],
     # The folder stands at the top, but the import name `triton_kernels` belongs to another project.
     package_dir={"dbmtl_fused": "dbmtl_fused", "dbmtl_fused.triton_kernels": "triton_kernels"},
-    ext_modules=[native_module()],
+    ext_modules=[cpu_module(), cuda_module()],
     cmdclass={"build_ext": OptionalBuild},
 )

@@ -24,8 +24,15 @@ DEFAULT = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 
 _AUTO = {"cpu": ("cpu", "reference")}
 _AUTO_ACCELERATOR = ("cuda", "triton", "reference")
-_MODULES = {"cuda": "dbmtl_fused._C", "cpu": "dbmtl_fused._C", "triton": "dbmtl_fused.triton_kernels"}
-_BUILD_ERROR = Path(__file__).with_name("_build_error.txt")
+_MODULES = {"cuda": "dbmtl_fused._C_cuda", "cpu": "dbmtl_fused._C", "triton": "dbmtl_fused.triton_kernels"}
+# What setup.py writes where it cannot build a module, and what that means.
+_BUILD_ERRORS = {
+    "dbmtl_fused._C": (
+        "_build_error.txt",
+        "the C++ extension is not there ({}); install a C++ compiler and reinstall dbmtl_fused",
+    ),
+    "dbmtl_fused._C_cuda": ("_build_error_cuda.txt", "the C++ extension was built without CUDA ({})"),
+}
 
 
 class Operators(NamedTuple):
@@ -51,11 +58,17 @@ def _import_error(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        if module == "dbmtl_fused._C" and isinstance(error, ModuleNotFoundError):
-            built = _BUILD_ERROR.read_text().strip() if _BUILD_ERROR.exists() else "its build did not run"
-            return f"the C++ extension is not there ({built}); install a C++ compiler and reinstall dbmtl_fused"
+        if module in _BUILD_ERRORS and isinstance(error, ModuleNotFoundError):
+            file, message = _BUILD_ERRORS[module]
+            record = Path(__file__).with_name(file)
+            return message.format(record.read_text().strip() if record.exists() else "its build did not run")
         return f"{module} cannot be imported: {error}"
     return None
+
+
+def native_modules() -> list[str]:
+    """The modules of the C++ extension that are there."""
+    return [module for module in _BUILD_ERRORS if _import_error(module) is None]
 
 
 @functools.cache

@@ -27,11 +27,13 @@ def main(arguments: list[str]) -> int:
 
 
 def build_facts() -> dict[str, str]:
-    """What the native module was built with; empty if it is not there."""
-    if backends.why_not("cpu", "cpu"):
-        return {}
-    native = importlib.import_module("dbmtl_fused._C")
-    return {f"C++ extension, {name}": str(fact) for name, fact in native.build_info().items()}
+    """What the native modules were built with."""
+    facts = {}
+    for module in backends.native_modules():
+        facts.update(
+            {f"C++ extension, {name}": str(fact) for name, fact in importlib.import_module(module).build_info().items()}
+        )
+    return facts
 
 
 def devices() -> dict[str, str]:

@@ -9,8 +9,9 @@
   ``DBMTL_FUSED_TEST_SEED`` brings it back. Hypothesis runs the same examples each time (profile ``ci``), or new ones
   with ``HYPOTHESIS_PROFILE=explore``.
 * **Backends.** A test that takes ``backend`` runs for every backend of ``DBMTL_FUSED_TEST_DEVICE`` (default ``cpu``),
-  one that takes ``native_backend`` for each but the reference. With ``TRITON_INTERPRET=1`` only those of the Triton
-  backend run, on CPUs, in Triton's interpreter.
+  one that takes ``native_backend`` for each but the reference. Without a GPU: with ``TRITON_INTERPRET=1`` only tests of
+  the Triton backend run, in Triton's interpreter; with ``DBMTL_FUSED_TEST_CUDA_EMU=1`` the CUDA backend is among the
+  others, its sources built for CPUs with the emulation in ``cuda_emu``.
 """
 
 from __future__ import annotations
@@ -26,14 +27,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Threads that spin while compilers or pytest-xdist's other workers want their core make tests several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    import triton_interpreter  # noqa: F401  (changes Triton before it decorates a kernel)
-
 import hypothesis
 import numpy as np
 import pytest
 import torch
-from op_inputs import BACKENDS, DEVICE, INTERPRETED, NATIVE_BACKENDS
+from op_inputs import BACKENDS, DEVICE, NATIVE_BACKENDS
+from stand_ins import EMULATED, INTERPRETED
 
 THREADS = 2
 SEED_VARIABLE = "DBMTL_FUSED_TEST_SEED"
@@ -61,6 +60,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if (EMULATED or INTERPRETED) and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="too large for Triton's interpreter and the CUDA emulation"))
     if not INTERPRETED:
         return
     chosen, others = [], []
@@ -68,8 +70,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         wanted = "triton" in (parameters.get("backend"), parameters.get("native_backend"))
         (chosen if wanted or item.path.name == "test_triton_interpreter.py" else others).append(item)
-        if wanted and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="too large for Triton's interpreter"))
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
 

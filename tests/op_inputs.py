@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from stand_ins import INTERPRETED
 from torch import Tensor
 
 from dbmtl_fused import backends, oracle
@@ -18,13 +19,11 @@ from dbmtl_fused.layout import chunk_table
 __all__ = ["ALPHA_MODES", "CHUNK", "GRAD_DTYPES", "STATE_DTYPES"]
 
 DEVICE = torch.device(os.environ.get("DBMTL_FUSED_TEST_DEVICE", "cpu"))
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = backends.available(DEVICE.type)
 NATIVE_BACKENDS = [name for name in BACKENDS if name != "reference"]
 
-BITWISE_BACKENDS = [name for name in BACKENDS if name in ("reference", "cpu")]
-"""Backends that round every product and sum by itself, as the reference does. Those on GPUs contract ``a * b + c`` to
-one fused multiply-add, which is more accurate but has other last bits."""
+ORDERED_BACKENDS = [name for name in BACKENDS if name != "triton"]
+"""Backends that add the weighted rows in task order, as the reference does; Triton's reductions have another."""
 
 EXACT_STATE_DTYPES = (torch.float32, torch.float64)
 """State that an oracle can follow step by step; bfloat16 is rounded randomly."""

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from op_inputs import INTERPRETED
 from small_models import Algorithm1, Net, flat, grads_of, make_net, relative_error
+from stand_ins import INTERPRETED
 
 from dbmtl_fused import DBMTL, oracle
 

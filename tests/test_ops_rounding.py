@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from op_inputs import (
-    BITWISE_BACKENDS,
     DEVICE,
     GRAD_DTYPES,
     SEED,
@@ -124,11 +123,9 @@ def mismatches(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=str)
 def test_every_backend_draws_the_same(backend: str, rng: np.random.Generator, dtype: torch.dtype) -> None:
-    """Bit for bit where float32 arithmetic is; else an update next to the threshold may fall on the other side."""
     ema, grads = tensor(random_rows(rng, 3, 9001), torch.bfloat16), tensor(random_rows(rng, 3, 9001), dtype)
     found = run_balance(backend, ema.clone(), grads, 0.7).ema
-    expected = run_balance("reference", ema.clone(), grads, 0.7).ema
-    assert mismatches(found, expected) <= (0 if backend in BITWISE_BACKENDS else 1e-3)
+    assert_same_bits("ema", found, run_balance("reference", ema.clone(), grads, 0.7).ema)
 
 
 def test_rows_of_both_ways_are_rounded_alike(backend: str, rng: np.random.Generator) -> None:

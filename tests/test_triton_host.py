@@ -112,12 +112,12 @@ def test_two_launches_where_grids_cannot_wait(record: Any, monkeypatch: pytest.M
     monkeypatch.setattr(balance, "target", lambda: "xpu")
     _, parameters, options = balance_launch(record, 3, F32, F32)
     assert parameters["PHASES"] == "second"
-    assert set(options) == {"num_warps"}, "options that not every compiler knows"
+    assert set(options) == {"num_warps", "enable_fp_fusion"}, "options that not every compiler knows"
 
 
 def test_options_of_streaming_kernels_are_known_to_every_compiler(record: Any) -> None:
     for made in (combine_launch(record, 3, F32, F32), ema_update_launch(record, F32, F32)):
-        assert set(made[2]) == {"num_warps"}
+        assert set(made[2]) == {"num_warps", "enable_fp_fusion"}
 
 
 def test_only_dtypes_of_the_call_are_compiled(record: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from op_inputs import INTERPRETED
+from stand_ins import INTERPRETED
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

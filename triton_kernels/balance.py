@@ -7,8 +7,9 @@ Parallel  as many programs as multiprocessors stay for the whole launch; tiles o
           to SMALL_T tasks a tile has all rows, beyond that phase 1 goes down the matrix ROWS rows at a time.
 Sync      one grid barrier between the phases, so the launch is cooperative. Where that cannot be had, the phases are
           two launches of the same code.
-Numerics  in the state's compute dtype, multiply-adds fused. Every program leaves one partial sum a row, and all add
-          them up in the same order: the same bits run after run, on the same kind of device.
+Numerics  in the state's compute dtype, no multiply-adds: ema equals the reference bit for bit. Every program leaves
+          one partial sum a row, and all add them up in the same order: the same bits run after run, on one kind of
+          device.
 Limits    ema, grads and out must not overlap.
 """
 
@@ -244,6 +245,7 @@ def balance_(
             SUM_BLOCK=config.sum_block,
             PARTIALS=max(1, min(256, 4096 // tasks)),
             num_warps=config.num_warps,
+            **tuning.ARITHMETIC,
             **options,
         )
 

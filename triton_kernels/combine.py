@@ -4,7 +4,8 @@ Math      w_t = alpha / (sqrt(sq_norm_t) + eps);   out = scale * sum_t w_t ema[t
 Traffic   fp32: 4 (T + 1) P bytes; 4P more if accumulate. ``sq_norms`` come from L2.
 Parallel  one program for BLOCK columns of all rows; rows lie in the registers of one thread, ROWS at a time.
 Sync      none: every program computes the weights again, while its first rows are on their way. Program 0 writes them.
-Numerics  in the state's compute dtype, multiply-adds fused, rows in a fixed order; one rounding to out's dtype.
+Numerics  in the state's compute dtype, no multiply-adds; rows in a fixed order, not the reference's; one rounding to
+          out's dtype.
 Limits    ema and out must not overlap.
 """
 
@@ -141,4 +142,5 @@ def combine(
             ROWS=config.rows,
             BLOCK=config.block,
             num_warps=config.num_warps,
+            **tuning.ARITHMETIC,
         )

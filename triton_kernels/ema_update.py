@@ -6,8 +6,8 @@ Traffic   fp32: 12 bytes a column of the listed parameters; 4 ceil(P / CHUNK) fo
 Parallel  one program a chunk, from the first to the last chunk of the listed parameters. Tables say where a chunk's
           columns and its gradient are, so that nothing is searched and nothing is copied together first.
 Sync      an atomic counter; the program that arrives last adds up the partials.
-Numerics  in the state's compute dtype, multiply-adds fused. Partials are keyed by chunk and summed in chunk order: no
-          bit depends on the order of arrival nor on which gradients share a call.
+Numerics  in the state's compute dtype, no multiply-adds: row equals the reference bit for bit. Partials are keyed by
+          chunk and summed in chunk order: no bit depends on the order of arrival nor on which gradients share a call.
 Limits    no slot twice in one call. A chunk that is not whole or whose row or gradient is not 16-byte aligned is read
           element by element.
 """
@@ -175,4 +175,5 @@ def ema_update_(
             ROUND=seed is not None,
             CHUNK=CHUNK,
             num_warps=tuning.EMA_UPDATE.num_warps,
+            **tuning.ARITHMETIC,
         )

@@ -13,6 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+ARITHMETIC = {"enable_fp_fusion": False}
+"""Options of every compilation: products and sums are rounded one by one, as in the reference, whose EMA is so matched
+bit for bit. Memory is the limit, not arithmetic."""
+
 SMALL_T = 16
 """Up to here the number of tasks is a constant of the kernel and all rows of a tile are loaded at once."""
 

@@ -1,0 +1,95 @@
+// combine: squared norms to weights, and the weighted sum of the rows.
+//
+// Math      w_t = alpha / (sqrt(sq_norm_t) + eps);   out = scale * sum_t w_t ema[t]   (+ out if accumulate)
+// Traffic   fp32: 4 (T + 1) P bytes; 4P more if accumulate.
+// Parallel  a warp per unit of columns, units dealt to the blocks in turn; the first one's rows are on their way while
+//           the block works out the weights.
+// Sync      none across blocks: each works out all weights, block 0 writes them down.
+// Numerics  scale multiplies the weights, with one rounding; the rest in weights.cuh and weighted_sum.cuh.
+// Limits    ema and out must not overlap.
+#include "launch.h"
+#include "weighted_sum.cuh"
+#include "weights.cuh"
+
+namespace dbmtl_fused::cuda {
+namespace {
+
+// Of any number: as many as there are registers for.
+template <class State>
+constexpr int kRowsInFlight = kIsRounded<State> ? 8 : 4;
+
+template <class State>
+struct Rows {
+  const State* span;  // of the first row and group
+  int64_t stride;
+
+  template <class Places>
+  DBMTL_DEVICE void operator()(const Places& places, Lane<State, kColumns<State>>& lane, int64_t t, int group) const {
+    places.template load<Cache::kEvictFirst>(lane, span + t * stride + group * kSpan<State>);
+  }
+};
+
+// kTasks: T, or 0 for any.
+template <class State, int kTasks>
+__global__ __launch_bounds__(kCombineThreads, combine_blocks_per_sm(sizeof(State))) void combine_kernel(
+    const __grid_constant__ Combine<State> args, int64_t units, bool aligned, RealOf<State>* workspace) {
+  using Real = RealOf<State>;
+  using Sum = WeightedSum<State, (kTasks > 0 ? kTasks : kRowsInFlight<State>), combine_groups(kTasks), (kTasks > 0)>;
+  __shared__ Real shared_weights[kSharedTasks];
+  const int64_t T = kTasks > 0 ? kTasks : args.T, P = args.P;
+  Real* const weights = T <= kSharedTasks ? shared_weights : workspace + blockIdx.x * T;
+
+  const int64_t step = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
+  const int64_t aligned_units = aligned ? P / Sum::kUnit : 0;
+  int64_t unit = blockIdx.x + static_cast<int64_t>(threadIdx.x / kWarp) * gridDim.x;
+  const auto rows_of = [&](int64_t column) { return Rows<State>{args.ema + column, args.ema_stride}; };
+  Sum sum;
+
+  bool loaded = unit < aligned_units;
+  if (loaded) sum.template load<true>(T, P, unit * Sum::kUnit, 0, rows_of(unit * Sum::kUnit));
+
+  for (int64_t t = threadIdx.x; t < T; t += blockDim.x) weights[t] = args.sq_norms[t];
+  const Real alpha = compute_weights(weights, T, *args.found_inf != 0, *args.scale, args.weighting);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.alpha_value = alpha;
+
+#pragma unroll 1
+  for (; unit < aligned_units; unit += step) {
+    const int64_t column = unit * Sum::kUnit;
+    if (!loaded) sum.template load<true>(T, P, column, 0, rows_of(column));
+    loaded = false;
+    sum.template finish<true>(T, P, column, weights, args.accumulate, args.out, args.out_dtype, rows_of(column));
+  }
+#pragma unroll 1
+  for (; unit < units; unit += step)
+#pragma unroll 1
+    for (int group = 0; group < combine_groups(kTasks); ++group) {
+      const int64_t column = unit * Sum::kUnit + group * kSpan<State>;
+      WeightedSum<State, 4, 1, false> loose;
+      loose.template load<false>(T, P, column, 0, rows_of(column));
+      loose.template finish<false>(T, P, column, weights, args.accumulate, args.out, args.out_dtype, rows_of(column));
+    }
+}
+
+template <class State, int kTasks = combine_rows(kMaxCombineRows, sizeof(State))>
+auto kernel_for(int rows) {
+  if constexpr (kTasks > 0)
+    if (rows != kTasks) return kernel_for<State, kTasks - 1>(rows);
+  return combine_kernel<State, kTasks>;
+}
+
+}  // namespace
+
+template <class State>
+cudaError_t launch_combine(const Combine<State>& args, const CombinePlan& plan, RealOf<State>* workspace,
+                           cudaStream_t stream) {
+  const bool aligned = rows_are_aligned<State>(args.ema, sizeof(State), args.ema_stride, args.T) &&
+                       rows_are_aligned<State>(args.out, size_of(args.out_dtype), 0, 1);
+  return launch(plan.grid, plan.threads, 0, false, stream, kernel_for<State>(plan.rows), args, plan.units, aligned,
+                workspace);
+}
+
+template cudaError_t launch_combine(const Combine<float>&, const CombinePlan&, float*, cudaStream_t);
+template cudaError_t launch_combine(const Combine<double>&, const CombinePlan&, double*, cudaStream_t);
+template cudaError_t launch_combine(const Combine<BFloat16>&, const CombinePlan&, float*, cudaStream_t);
+
+}  // namespace dbmtl_fused::cuda

@@ -1,0 +1,167 @@
+"""What only a GPU can answer about the CUDA backend: barriers, streams and graphs, often.
+
+With ``beta=0`` the EMA is the gradients, whatever it was: every launch must give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from op_inputs import DEVICE, Row, Segments, array
+from torch import Tensor
+
+from dbmtl_fused import backends
+
+REASON = "DBMTL_FUSED_TEST_DEVICE is not cuda" if DEVICE.type != "cuda" else backends.why_not("cuda", "cuda")
+
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"needs the CUDA backend on a GPU: {REASON}")
+
+
+class Problem:
+    """Inputs and outputs of ``balance_``."""
+
+    def __init__(self, rng: np.random.Generator, T: int, P: int, *, beta: float = 0.0) -> None:
+        self.grads = torch.from_numpy(rng.standard_normal((T, P))).to(DEVICE, torch.float32)
+        self.ema = torch.zeros_like(self.grads)
+        self.beta = torch.tensor(beta, device=DEVICE)
+        self.found_inf = torch.zeros((), device=DEVICE)
+        self.out, self.norms, self.weights = (torch.empty(size, device=DEVICE) for size in (P, T, T))
+        self.bad = torch.zeros((), dtype=torch.int64, device=DEVICE)
+
+    def run(self, backend: str = "cuda") -> None:
+        written = self.out, self.norms, self.weights, self.found_inf
+        backends.operators(backend).balance_(self.ema, self.grads, self.beta, None, "max", 1.0, 1e-8, *written)
+
+    def expect(self) -> None:
+        """What comes now is what must come from now on."""
+        self.run()
+        self.expected = self.out.clone(), self.norms.clone()
+
+    def count(self) -> None:
+        """Count differences, without waiting for the device."""
+        out, norms = self.expected
+        self.bad += (self.out != out).sum() + (self.norms != norms).sum()
+
+
+def test_same_bits_in_many_launches(rng: np.random.Generator) -> None:
+    problem = Problem(rng, 3, 4099)
+    problem.expect()
+    for _ in range(100_000):
+        problem.run()
+        problem.count()
+    assert int(problem.bad) == 0
+
+
+def test_same_bits_with_changing_grids(rng: np.random.Generator) -> None:
+    """From one block to all of them, with and without what does not fit in shared memory."""
+    problems = [
+        Problem(rng, T, P) for T, P in ((1, 1), (3, 300), (3, 100_000), (5, 4097), (16, 70_001), (2, 4_000_000))
+    ]
+    for problem in problems:
+        problem.expect()
+    for index in rng.integers(0, len(problems), 10_000):
+        problems[index].run()
+        problems[index].count()
+    assert [int(problem.bad) for problem in problems] == [0] * len(problems)
+
+
+def test_same_bits_on_two_streams(rng: np.random.Generator) -> None:
+    problems = [Problem(rng, 3, 200_003), Problem(rng, 5, 60_001)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for problem in problems:
+        problem.expect()
+    torch.cuda.synchronize()
+    for _ in range(10_000):
+        for problem, stream in zip(problems, streams, strict=True):
+            with torch.cuda.stream(stream):
+                problem.run()
+                problem.count()
+    torch.cuda.synchronize()
+    assert [int(problem.bad) for problem in problems] == [0, 0]
+
+
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def test_same_bits_in_many_replays(rng: np.random.Generator) -> None:
+    problem = Problem(rng, 3, 100_003)
+    problem.expect()
+    graph = captured(problem.run)
+    for _ in range(10_000):
+        graph.replay()
+        problem.count()
+    assert int(problem.bad) == 0
+
+
+def test_replays_read_beta_anew(rng: np.random.Generator) -> None:
+    problem, eager = (Problem(np.random.default_rng(1), 3, 5003) for _ in range(2))
+    graph = captured(problem.run)
+    problem.ema.zero_()
+    for k in range(1, 20):
+        for each in (problem, eager):
+            each.beta.fill_(0.9 / k**0.5)
+        graph.replay()
+        eager.run("reference")
+        torch.testing.assert_close(problem.ema, eager.ema, rtol=0, atol=0)
+        torch.testing.assert_close(problem.out, eager.out, rtol=1e-5, atol=1e-5)
+
+
+def test_runs_on_the_current_stream(rng: np.random.Generator) -> None:
+    """What the stream has not done yet is waited for, and nothing else."""
+    problem = Problem(rng, 3, 10_001)
+    problem.expect()
+    values = problem.grads.clone()
+    problem.grads.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        problem.grads.copy_(values)
+        problem.run()
+        problem.count()
+    torch.cuda.synchronize()
+    assert int(problem.bad) == 0
+
+
+def streaming_row(rng: np.random.Generator) -> tuple[Row, list[Tensor]]:
+    numels = [100_000, 5, 4097, 300, 0, 70_001]
+    segments = Segments.of(numels)
+    grads = [torch.from_numpy(rng.standard_normal(numel)).to(DEVICE, torch.float32) for numel in numels]
+    return Row(torch.zeros(segments.P, device=DEVICE), segments), grads
+
+
+def test_last_block_is_known_in_many_launches(rng: np.random.Generator) -> None:
+    """The sum of the partials is complete each time, and the counter is left at zero."""
+    row, grads = streaming_row(rng)
+    row.update("cuda", grads, beta=0.0)
+    expected = float(sum(np.square(array(grad)).sum() for grad in grads))
+    torch.testing.assert_close(float(row.sq_norm), expected, rtol=1e-5, atol=0)
+    first, bad = row.sq_norm.clone(), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(10_000):
+        row.update("cuda", grads, beta=0.0)
+        bad += row.sq_norm != first
+    assert int(bad) == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_need_not_be_the_current_one(rng: np.random.Generator) -> None:
+    grads = torch.from_numpy(rng.standard_normal((3, 5003))).to("cuda:1", torch.float32)
+    ema, out = torch.zeros_like(grads), torch.empty(5003, device="cuda:1")
+    norms, weights = (torch.empty(3, device="cuda:1") for _ in range(2))
+    scalars = torch.zeros(2, device="cuda:1")
+    with torch.cuda.device(0):
+        backends.operators("cuda").balance_(
+            ema, grads, scalars[0], None, "max", 1.0, 1e-8, out, norms, weights, scalars[1]
+        )
+    torch.testing.assert_close(ema, grads, rtol=0, atol=0)
