@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dbmtl_fused.triton_kernels import checks, tuning
 from dbmtl_fused.triton_kernels.device import (
-    aligned,
+    alignment,
     alpha_of,
     convert_out,
     fold,
@@ -43,15 +43,20 @@ logger = logging.getLogger("dbmtl_fused")
 @triton.jit
 def _update_tile(
     ema, ema_stride, grads, grads_stride, T, P, first, start, coefficient, seed, squares, bad,
-    ROUND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    GRADS_ALIGNED: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """EMA of one tile, in place. Adds the squares of what was stored to ``squares``, what was held back to ``bad``."""
     columns = (start + tl.arange(0, BLOCK))[None, :]
+    if GRADS_ALIGNED:
+        tile_grads = tl.multiple_of(grads + start, alignment(grads.dtype.element_ty, ema.dtype.element_ty))
+    else:
+        tile_grads = grads + start
     rows = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     there = rows < T if WHOLE else (rows < T) & (columns < P)
     pointers = ema + rows * ema_stride + columns
     state = tl.load(pointers, mask=there, other=0.0)
-    grad = tl.load(grads + rows * grads_stride + columns, mask=there, other=0.0, eviction_policy="evict_first")
+    grad_pointers = tile_grads + rows * grads_stride + tl.arange(0, BLOCK)[None, :]
+    grad = tl.load(grad_pointers, mask=there, other=0.0, eviction_policy="evict_first")
     old = state.to(squares.dtype)
     updated = coefficient * old + (1 - coefficient) * grad.to(squares.dtype)
     stored, finite = round_state(updated, old, seed + rows, columns, ROUND)
@@ -67,8 +72,6 @@ def _update(
     GRADS_ALIGNED: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Phase 1: this program's tiles, and its partial squared norm of every row."""
-    if GRADS_ALIGNED:
-        grads = aligned(grads, ema.dtype.element_ty)
     program, programs = tl.program_id(0), tl.num_programs(0)
     coefficient = tl.load(beta)
     seed = tl.load(seed_pointer) if ROUND else 0
@@ -79,12 +82,12 @@ def _update(
         for tile in range(program, whole_tiles, programs):
             squares, bad = _update_tile(
                 ema, ema_stride, grads, grads_stride, T, P, first, tl.cast(tile, tl.int64) * BLOCK, coefficient, seed,
-                squares, bad, ROUND, ROWS, BLOCK, True,
+                squares, bad, GRADS_ALIGNED, ROUND, ROWS, BLOCK, True,
             )  # fmt: skip
         if whole_tiles * BLOCK < P and whole_tiles % programs == program:
             squares, bad = _update_tile(
                 ema, ema_stride, grads, grads_stride, T, P, first, tl.cast(whole_tiles, tl.int64) * BLOCK, coefficient,
-                seed, squares, bad, ROUND, ROWS, BLOCK, False,
+                seed, squares, bad, GRADS_ALIGNED, ROUND, ROWS, BLOCK, False,
             )  # fmt: skip
         if tl.max(tl.max(bad, axis=1), axis=0) > 0:
             tl.store(found_inf, 1)

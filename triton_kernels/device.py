@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -66,15 +68,16 @@ def round_state(updated, old, seed, columns, ROUND: tl.constexpr):
     return tl.where(finite, updated, old), finite
 
 
-@triton.jit
-def aligned(pointer, state: tl.constexpr):
-    """``pointer``, 16-byte aligned, as a new value that tells the compiler so (a hint on the old one would hold in all
-    places that use it); no more than lets a thread take as many elements as it can of the wider ``state`` beside them:
-    with more, one of the two would have to be passed between threads."""
-    element_bytes: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
-    state_bytes: tl.constexpr = state.primitive_bitwidth // 8
-    alignment: tl.constexpr = 16 * element_bytes // state_bytes if element_bytes < state_bytes else 16
-    return tl.multiple_of(pointer.to(tl.int64).to(pointer.dtype), alignment)
+@triton.constexpr_function
+def alignment(element: Any, state: Any) -> int:
+    """What the compiler is to be told of a 16-byte aligned address of ``element`` beside one of ``state``, in bytes: no
+    more than lets a thread take as many elements as it can of the wider state. With more, one of the two would have to
+    be passed between threads.
+
+    It must be told, by ``tl.multiple_of``, in the very expression that makes the pointer: the hint is the operation's.
+    """
+    narrower = element.primitive_bitwidth < state.primitive_bitwidth
+    return 16 * element.primitive_bitwidth // state.primitive_bitwidth if narrower else 16
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dbmtl_fused._ops import CHUNK
 from dbmtl_fused.triton_kernels import checks, tuning
-from dbmtl_fused.triton_kernels.device import aligned, round_state
+from dbmtl_fused.triton_kernels.device import alignment, round_state
 from dbmtl_fused.triton_kernels.gradients import ABSENT, SKIPPED, gradient_table, listed_chunks
 from dbmtl_fused.triton_kernels.launch import on_device
 
@@ -53,11 +53,11 @@ def _load_as(address, start, offsets, numel, values, state: tl.constexpr, CODE: 
         pointer = address.to(tl.pointer_type(tl.float16))
     else:
         pointer = address.to(tl.pointer_type(tl.float64))
-    pointer += start
     if WHOLE:
-        loaded = tl.load(aligned(pointer, state) + offsets, eviction_policy="evict_first")
+        first = tl.multiple_of(pointer + start, alignment(pointer.dtype.element_ty, state))
+        loaded = tl.load(first + offsets, eviction_policy="evict_first")
     else:
-        loaded = tl.load(pointer + offsets, mask=offsets < numel, other=0.0, eviction_policy="evict_first")
+        loaded = tl.load(pointer + start + offsets, mask=offsets < numel, other=0.0, eviction_policy="evict_first")
     return loaded.to(values.dtype)
 
 
@@ -80,7 +80,7 @@ def ema_update_kernel(
             start, numel = tl.load(chunks + 3 * index + 1), tl.load(chunks + 3 * index + 2)
             address = tl.load(table + slot)
             _update_chunk(
-                row + start, start, numel, address, code, beta, inv_scale, seed, partials + index, found_inf,
+                row, start, numel, address, code, beta, inv_scale, seed, partials + index, found_inf,
                 ACCUMULATE, DTYPES, ROUND, CHUNK,
             )  # fmt: skip
 
@@ -97,19 +97,20 @@ def ema_update_kernel(
 
 @triton.jit
 def _update_chunk(
-    pointer, start, numel, address, code, beta, inv_scale, seed, partial, found_inf,
+    row, start, numel, address, code, beta, inv_scale, seed, partial, found_inf,
     ACCUMULATE: tl.constexpr, DTYPES: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    state: tl.constexpr = pointer.dtype.element_ty
+    state: tl.constexpr = row.dtype.element_ty
     offsets = tl.arange(0, CHUNK)
     none = tl.zeros([CHUNK], beta.dtype.element_ty)
     element_bytes = tl.where(code == 0, 4, tl.where(code == 3, 8, 2))
-    whole = (numel == CHUNK) & ((pointer.to(tl.int64) | (address + start * element_bytes)) % 16 == 0)
+    row_address = row.to(tl.int64) + start * (state.primitive_bitwidth // 8)
+    whole = (numel == CHUNK) & ((row_address | (address + start * element_bytes)) % 16 == 0)
     if whole:
-        old = tl.load(aligned(pointer, state) + offsets).to(none.dtype)
+        old = tl.load(tl.multiple_of(row + start, 16) + offsets).to(none.dtype)
         grad = _load_gradient(address, code, start, offsets, numel, none, state, DTYPES, True)
     else:
-        old = tl.load(pointer + offsets, mask=offsets < numel, other=0.0).to(none.dtype)
+        old = tl.load(row + start + offsets, mask=offsets < numel, other=0.0).to(none.dtype)
         grad = _load_gradient(address, code, start, offsets, numel, none, state, DTYPES, False)
 
     coefficient = tl.load(beta)
@@ -121,9 +122,9 @@ def _update_chunk(
         tl.store(found_inf, 1)
     tl.store(partial, tl.sum(stored * stored, axis=0))
     if whole:
-        tl.store(aligned(pointer, state) + offsets, stored.to(state))
+        tl.store(tl.multiple_of(row + start, 16) + offsets, stored.to(state))
     else:
-        tl.store(pointer + offsets, stored.to(state), mask=offsets < numel)
+        tl.store(row + start + offsets, stored.to(state), mask=offsets < numel)
 
 
 def ema_update_(
