@@ -52,6 +52,8 @@ TIME_OVER_COPY = {6.7: 0.92, 11.2: 0.95, 25.6: 1.00}
 OVER_LIBMTL, OVER_TIGHT = 2.8, 1.2
 OVER_COMPILED, OVER_COMPILED_MANY = 1.4, 1.15
 SMALL_WARM_US, SMALL_COLD_US = 3.0, 4.0
+CUDA_OVER_TRITON = 1.03
+"""Time of the CUDA kernels over that of the Triton kernels, in every table that has both."""
 
 _GRAPH_CALLS_SMALL = 100
 _HOST_CALLS = 100
@@ -308,7 +310,7 @@ def measure_balance(run: Run, T: int, P: int, dtypes: Dtypes) -> None:
     streams = _stream(sets, update=True) if _has_streams(run, dtypes) else None
     title = f"balance_ {dtypes}, T={T}, P={P / 1e6:.4g}M"
     samples, errors, better = _measure(run, title, subjects, moved, streams, dtypes.rtol)
-    bars = list(_balance_bars(title, run, samples, better, T, P, dtypes))
+    bars = [*_balance_bars(title, run, samples, better, T, P, dtypes), *_beside_triton(title, samples)]
     _publish(run, title, samples, bars, moved, better, errors, dtypes.rtol, len(sets))
 
 
@@ -363,6 +365,7 @@ def measure_combine(run: Run, T: int, P: int, dtypes: Dtypes) -> None:
         for backend in _measured(run, samples)
         if dtypes == FP32
     ]
+    bars += _beside_triton(title, samples)
     _publish(run, title, samples, bars, moved, better, errors, dtypes.rtol, len(sets))
 
 
@@ -406,6 +409,7 @@ def measure_ema_update(run: Run, model: str, params: Sequence[shapes.Shape], dty
         for backend in _measured(run, samples)
         if dtypes == FP32
     ]
+    bars += _beside_triton(title, samples)
     _publish(run, title, samples, bars, moved, better, errors, dtypes.rtol, len(sets))
 
 
@@ -441,6 +445,7 @@ def measure_small(run: Run, T: int, P: int) -> None:
             for backend in _measured(run, samples)
             if EMPTY in samples
         ]
+        bars += _beside_triton(title, samples)
         run.sections.append(Section(title, samples, bars, notes=_skipped_without_gpu(run.device)))
 
 
@@ -463,7 +468,8 @@ def measure_host(run: Run, T: int, P: int, params: Sequence[shapes.Shape]) -> No
     timers = {name: HostTimer(function, run.device, calls) for name, function in functions.items()}
     title = f"the host's time for a call, T={T}, P={P / 1e3:.4g}k"
     samples = interleave(timers, run.rounds, warmup=2, title=title)
-    run.sections.append(Section(title, samples, []))
+    bars = [bar for name in functions for bar in _beside_triton(title, samples, name)]
+    run.sections.append(Section(title, samples, bars))
 
 
 def _matrices(run: Run, T: int, P: int, dtypes: Dtypes, touched: int) -> list[Matrices]:
@@ -519,6 +525,15 @@ def _median(taken: Sequence[Sample]) -> float:
 
 def _share(name: str, samples: Samples, better: str, own: str, target: float) -> Bar:
     return Bar(name, target, True, per_round(lambda copy, own: copy / own, samples, better, own), "of copy")
+
+
+def _beside_triton(title: str, samples: Samples, own: str = fused("cuda")) -> list[Bar]:
+    """The bar of the CUDA backend's candidate ``own`` against its like of the Triton backend, where there are both."""
+    other = own.removesuffix("cuda") + "triton"
+    if not own.endswith("cuda") or not {own, other} <= samples.keys():
+        return []
+    ratios = per_round(lambda own, other: own / other, samples, own, other)
+    return [Bar(f"{title}: {own} / {other}", CUDA_OVER_TRITON, False, ratios)]
 
 
 def _publish(

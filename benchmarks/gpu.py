@@ -1,9 +1,9 @@
 """Everything that a machine with a GPU can show, by one command that installs nothing: ``python3 -m benchmarks.gpu``.
 
-It takes the active Python with the PyTorch and Triton that are there, builds the native module in place and runs from
-the checkout, in stages. Each stage is a process with a time limit, so that one that crashes or hangs takes none of the
-others along. ``gpu.json`` and ``gpu.txt`` in the folder given are written anew after every stage, and every few seconds
-during one: a machine that is switched off leaves what it has shown.
+It takes the active Python with the PyTorch and Triton that are there, builds the native modules in place, for the GPU
+that is there, and runs from the checkout, in stages. Each stage is a process with a time limit, so that one that
+crashes or hangs takes none of the others along. ``gpu.json`` and ``gpu.txt`` in the folder given are written anew after
+every stage, and every few seconds during one: a machine that is switched off leaves what it has shown.
 
 ``--device cpu --quick`` is a dry run of the same without a GPU. Only the standard library is imported here.
 """
@@ -16,20 +16,24 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_OUT = ROOT / "benchmarks" / "results" / "gpu"
 PACKAGE = "dbmtl_fused"
+BUILD_RECORDS = {"_C": "_build_error.txt", "_C_cuda": "_build_error_cuda.txt"}
+"""The native modules, and what setup.py leaves instead of one that it could not build."""
 
 SUITE = (
     # The most telling first: parity, bits, whole steps.
@@ -39,8 +43,13 @@ SUITE = (
 )
 SUITE_PATTERNS = ("test_ops_*.py", "test_balance*.py", "test_layout.py", "test_triton_*.py", "test_cuda_*.py")
 QUICK_SUITE = ("tests/test_metrics.py",)
-SUITE_ELSEWHERE = ("test_triton_aot.py", "test_triton_interpreter.py")
-"""Tests that need no GPU and are slow."""
+SUITE_ELSEWHERE = (
+    # What needs no GPU and is slow.
+    *("test_triton_aot.py", "test_triton_interpreter.py"),
+    *("test_cuda_compile.py", "test_cuda_emulated.py", "test_cuda_sanitizers.py"),
+    "test_cuda_gpu.py",  # a stage of its own
+)
+SOAK = ("tests/test_cuda_gpu.py",)
 MAX_FAILURES = 50
 SECONDS_PER_TEST = 120
 
@@ -48,6 +57,7 @@ SECONDS_PER_TEST = 120
 _OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 _LOG_CHARACTERS = 60_000
 _SHOWN_CHARACTERS = 8_000
+_SHOWN_LOG_CHARACTERS = 2_000
 _SHOWN_FAILURES = 20
 _REWRITE_SECONDS = 10.0
 _INTERRUPTED_SECONDS = 15.0
@@ -96,6 +106,8 @@ class Stage:
     :param reserve: Seconds that earlier stages leave to it.
     :param in_checkout: Run in the checkout itself rather than in the importable tree.
     :param complaint: Why it has failed although its exit code is 0, or nothing.
+    :param remark: What there is to say when it has passed, or nothing.
+    :param environment: Variables of its own.
     """
 
     name: str
@@ -104,8 +116,9 @@ class Stage:
     limit: float
     reserve: float
     in_checkout: bool = False
-    complaint: Callable[[], str] = str
-    environment: Mapping[str, str] = field(default_factory=dict)
+    complaint: Callable[[Options], str] = lambda options: ""
+    remark: Callable[[Options], str] = lambda options: ""
+    environment: Callable[[Options], Mapping[str, str]] = lambda options: {}
 
 
 @dataclass
@@ -124,18 +137,67 @@ class Result:
     text: str = ""  # what the stage wants shown; the end of its log if empty
     data: Any = None
 
+    @property
+    def good(self) -> bool:
+        """Whether it passed, or ran and said that it can show nothing here; one without time has shown nothing."""
+        return self.status == PASSED or (self.status == SKIPPED and self.exit_code == 0)
+
     def to_text(self) -> str:
-        """What it has to show, under its name."""
-        return f"\n{f' {self.name} ':=^100}\n$ {self.command}\n{(self.text or self.log).rstrip()}"
+        """What it has to show, under its name; if something went wrong, how its log ends too."""
+        parts = [f"\n{f' {self.name} ':=^100}\n$ {self.command}", (self.text or self.log).rstrip()]
+        if self.text and self.status in (FAILED, CUT_OFF):
+            parts.append(f"its log ends:\n{self.log[-_SHOWN_LOG_CHARACTERS:].rstrip()}")
+        return "\n".join(parts)
 
 
 def _build(context: Context) -> list[str]:
     return [sys.executable, "-u", "setup.py", "build_ext", "--inplace"]
 
 
-def _build_error() -> str:
+def _build_environment(options: Options) -> dict[str, str]:
+    """As many compilers as there are processors, for the GPU that is here; what the user has set stands."""
+    settings = {"MAX_JOBS": str(os.cpu_count() or 1)}
+    if options.device == "cuda":
+        if architectures := compute_capabilities():
+            settings["TORCH_CUDA_ARCH_LIST"] = architectures
+    elif not _has("_C_cuda"):  # for every architecture it takes minutes; setup.py would remove one that is there
+        settings["DBMTL_FUSED_CUDA"] = "0"
+    return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+def compute_capabilities() -> str:
+    """Those of the GPUs here, such as ``9.0``, each once; empty if the driver does not say."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return " ".join(sorted(set(re.findall(r"^\d+\.\d+$", output, re.MULTILINE)), key=float))
+
+
+def _not_built(modules: Sequence[str]) -> str:
     """setup.py goes on without a module that cannot be built, and records why."""
-    return _text_of(ROOT / PACKAGE / "_build_error.txt").strip()[:500]
+    found = []
+    for module in modules:
+        if error := _text_of(ROOT / PACKAGE / BUILD_RECORDS[module]).strip():
+            found.append(f"no {module}: {error[:500]}")
+        elif not _has(module):
+            found.append(f"no {module}, and no word why")
+    return "; ".join(found)
+
+
+def _has(module: str) -> bool:
+    return any((ROOT / PACKAGE).glob(f"{module}.*.so"))
+
+
+def _build_complaint(options: Options) -> str:
+    return _not_built(list(BUILD_RECORDS) if options.device == "cuda" else ["_C"])
+
+
+def _build_remark(options: Options) -> str:
+    return _not_built(list(BUILD_RECORDS))
 
 
 def _info(context: Context) -> list[str]:
@@ -148,16 +210,31 @@ def _parity(context: Context) -> list[str]:
 
 
 def _suite(context: Context) -> list[str]:
-    arguments = ["-p", "benchmarks.pytest_lines", "--lines", str(context.scratch / "suite.lines")]
-    arguments += ["-p", "no:cacheprovider", f"--maxfail={MAX_FAILURES}", "--rootdir", str(ROOT)]
     parallel = importlib.util.find_spec("xdist") is not None and not context.options.quick
-    if parallel:
-        arguments += ["-p", "xdist", "-n", str(context.options.workers)]
-    if importlib.util.find_spec("pytest_timeout"):
-        # A kernel that hangs blocks its process in the driver, where signals wait. A thread ends the worker.
-        method = "thread" if parallel else "signal"
-        arguments += ["-p", "pytest_timeout", f"--timeout={SECONDS_PER_TEST}", f"--timeout-method={method}"]
-    return context.module("pytest", *arguments, *suite_tests(context.options))
+    arguments = ["-p", "xdist", "-n", str(context.options.workers)] if parallel else []
+    # A kernel that hangs blocks its process in the driver, where signals wait. A thread ends the worker.
+    arguments += _time_limit(SECONDS_PER_TEST, "thread" if parallel else "signal")
+    return _pytest(context, "suite", *arguments, *suite_tests(context.options))
+
+
+def _soak(context: Context) -> list[str]:
+    """In one process, alone on the GPU. A test that hangs ends it, while there still is time to say which."""
+    seconds = min(SECONDS_PER_TEST, max(_LEAST_SECONDS, context.seconds - _INTERRUPTED_SECONDS))
+    return _pytest(context, "soak", *_time_limit(seconds, "thread"), *(str(ROOT / test) for test in SOAK))
+
+
+def _pytest(context: Context, name: str, *arguments: str) -> list[str]:
+    """pytest of the checkout, which leaves a line for each test."""
+    settings = ["-p", "benchmarks.pytest_lines", "--lines", str(context.scratch / f"{name}.lines")]
+    settings += ["-p", "no:cacheprovider", f"--maxfail={MAX_FAILURES}", "--rootdir", str(ROOT)]
+    return context.module("pytest", *settings, *arguments)
+
+
+def _time_limit(seconds: float, method: str) -> list[str]:
+    """For each test, where there is pytest-timeout."""
+    if importlib.util.find_spec("pytest_timeout") is None:
+        return []
+    return ["-p", "pytest_timeout", f"--timeout={seconds:.0f}", f"--timeout-method={method}"]
 
 
 def suite_tests(options: Options) -> list[str]:
@@ -174,6 +251,12 @@ def suite_tests(options: Options) -> list[str]:
     return [str(path) for path in sorted(found, key=lambda path: (order.get(path.stem, len(order)), path.name))]
 
 
+def _sanitizer(context: Context) -> list[str]:
+    budget = max(1.0, context.seconds - _INTERRUPTED_SECONDS)
+    arguments = ["--device", context.options.device, "--seconds", f"{budget:.0f}"]
+    return context.module("benchmarks.sanitize", *arguments, "--lines", str(context.scratch / "sanitizer.lines"))
+
+
 def _operators(context: Context) -> list[str]:
     budget = max(1.0, context.seconds - 2 * _INTERRUPTED_SECONDS)
     arguments = [*context.common(), *(["--compile"] if context.options.compile else [])]
@@ -188,36 +271,45 @@ def _sweep(context: Context) -> list[str]:
     return context.module("benchmarks.sweep_triton", *arguments, "--seconds", f"{budget:.0f}", "--out", out)
 
 
-_SUITE_ENVIRONMENT = {
-    # Plugins that happen to be installed may warn, which is an error to the suite.
-    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-}
+def _pytest_environment(options: Options) -> dict[str, str]:
+    """Plugins that happen to be installed may warn, which is an error to the suite."""
+    return {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
-            *("build", "the native module, in place", _build),
-            limit=180,
-            reserve=60,
+            *("build", "the native modules, in place", _build),
+            limit=240,
+            reserve=90,
             in_checkout=True,
-            complaint=_build_error,
+            complaint=_build_complaint,
+            remark=_build_remark,
+            environment=_build_environment,
         ),
         Stage("info", "machine, versions, backends", _info, limit=60, reserve=15),
-        Stage("parity", "every backend against the float64 oracle", _parity, limit=150, reserve=60),
+        Stage("parity", "every backend against the float64 oracle", _parity, limit=150, reserve=30),
         Stage(
             *("suite", "tests of operators and balancer on the device", _suite),
             limit=420,
-            reserve=90,
-            environment=_SUITE_ENVIRONMENT,
+            reserve=65,
+            environment=_pytest_environment,
         ),
-        Stage("operators", "bandwidth of every operator and backend", _operators, limit=480, reserve=210),
+        Stage(
+            *("soak", "barriers, streams and graphs of the CUDA kernels, often", _soak),
+            limit=240,
+            reserve=40,
+            environment=_pytest_environment,
+        ),
+        Stage("sanitizer", "compute-sanitizer over every operator", _sanitizer, limit=180, reserve=50),
+        Stage("operators", "bandwidth of every operator and backend", _operators, limit=480, reserve=100),
         Stage("sweep", "launch parameters of the Triton kernels", _sweep, limit=540, reserve=240),
     )
 }
-"""Every stage, in the order in which they run. Those to come, such as ``sanitizer`` and ``soak``, are further rows."""
+"""Every stage, in the order in which they run. What earlier ones leave of their time, later ones have."""
 
-DEFAULT_STAGES = ("build", "info", "parity", "suite", "operators")
+DEFAULT_STAGES = ("build", "info", "parity", "suite", "soak", "sanitizer", "operators")
 
 
 class Report:
@@ -257,7 +349,7 @@ class Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages.
 
-    :returns: 0, or 1 if a stage failed, was cut off or had no time left.
+    :returns: 0, or 1 if a stage failed, was cut off or had no time left. What this machine cannot show is no failure.
     """
     options = _parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -273,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.write(finished=True)
     _say(f"wrote {options.out}/gpu.json and gpu.txt")
     print(report.summary(), flush=True)
-    return int(any(result.status != PASSED for result in report.results.values()))
+    return int(not all(result.good for result in report.results.values()))
 
 
 def _run(stage: Stage, result: Result, context: Context, report: Report) -> None:
@@ -293,7 +385,7 @@ def _run(stage: Stage, result: Result, context: Context, report: Report) -> None
         process = subprocess.Popen(
             command,
             cwd=ROOT if stage.in_checkout else tree,
-            env={**_environment(tree, context.options.device), **stage.environment},
+            env={**_environment(tree, context.options.device), **stage.environment(context.options)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -306,7 +398,7 @@ def _run(stage: Stage, result: Result, context: Context, report: Report) -> None
     result.exit_code = process.returncode
     _read(result, context.scratch)
     result.seconds = round(time.monotonic() - started, 1)
-    _judge(result, cut_off, stage.complaint())
+    _judge(result, cut_off, stage.complaint(context.options), stage.remark(context.options))
     _say(f"{stage.name}: {result.status} after {result.seconds:.1f} s {result.reason}")
     print((result.text or result.log)[-_SHOWN_CHARACTERS:], flush=True)
 
@@ -357,19 +449,30 @@ def _read(result: Result, scratch: Path) -> None:
         result.text = lines_to_text(result.data)
 
 
-def _judge(result: Result, cut_off: bool, complaint: str) -> None:
+def _judge(result: Result, cut_off: bool, complaint: str, remark: str) -> None:
     if cut_off:
         result.status, result.reason = CUT_OFF, f"reached its limit of {result.limit:.0f} s"
     elif complaint:
         result.status, result.reason = FAILED, complaint
     elif result.exit_code == 0:
-        result.status = PASSED
-        left_out = result.data.get("settings", {}).get("left_out") if isinstance(result.data, dict) else None
-        result.reason = f"{len(left_out)} tables left out for want of time" if left_out else ""
+        nothing, missing = _not_shown(result.data)
+        result.status, result.reason = SKIPPED if nothing else PASSED, remark or missing
     else:
         result.status, result.reason = FAILED, f"exit code {result.exit_code}"
         if result.exit_code is not None and result.exit_code < 0:
             result.reason = f"killed by {signal.Signals(-result.exit_code).name}"
+
+
+def _not_shown(data: Any) -> tuple[bool, str]:
+    """Whether a stage that ended well has shown nothing at all, and what it has left out."""
+    if not isinstance(data, dict):
+        return False, ""
+    if left_out := data.get("settings", {}).get("left_out"):
+        return False, f"{len(left_out)} tables left out for want of time"
+    skips = data.get("skips", {})
+    if skips and not data["counts"][PASSED]:
+        return True, "; ".join(skips)
+    return False, f"{data['counts'][SKIPPED]} skipped" if skips else ""
 
 
 def read_lines(lines: str) -> dict[str, Any]:

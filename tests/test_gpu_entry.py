@@ -19,10 +19,11 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_gpu_ops, gpu, graph_timing, shapes
+from benchmarks import bench_gpu_ops, gpu, graph_timing, sanitize, sanitize_driver, shapes
 from benchmarks.bench_gpu_ops import BF16_GRADS, BF16_STATE, FP32
 from benchmarks.gpu import CUT_OFF, FAILED, PASSED, SKIPPED, Context, Stage
 from benchmarks.graph_timing import GraphTimer, SlopeTimer
+from benchmarks.timing import Sample
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +74,18 @@ def test_a_dry_run_goes_through_all_stages_and_reports(tmp_path: Path, capfd: py
     text = (tmp_path / "gpu.txt").read_text()
     assert all(name in text for name in (*found, "skipped, as they need a GPU", balance["title"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.txt"]
+
+
+def test_stages_that_need_a_gpu_are_skipped_aloud_in_a_dry_run(tmp_path: Path) -> None:
+    assert gpu.main(["--device", "cpu", "--stages", "soak,sanitizer", "--out", str(tmp_path)]) == 0
+    found = stages(tmp_path)
+    assert [stage["status"] for stage in found.values()] == [SKIPPED, SKIPPED]
+    assert "DBMTL_FUSED_TEST_DEVICE is not cuda" in found["soak"]["reason"]
+    assert found["soak"]["data"]["counts"]["skipped"] > 5
+    assert found["sanitizer"]["reason"] == "needs a GPU"
+    assert found["sanitizer"]["data"]["counts"] == {"passed": 0, "failed": 0, "skipped": len(sanitize.CHECKS)}
+    text = (tmp_path / "gpu.txt").read_text()
+    assert "skipped, needs a GPU: 5, such as compute-sanitizer::memcheck, cuda" in text
 
 
 @pytest.fixture
@@ -155,7 +168,7 @@ def test_a_build_that_setup_py_gave_up_is_a_failure(
     stage_table: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage_table.update(a="pass", b="pass", c="pass")
-    build = Stage("a", "builds", gpu.STAGES["a"].command, 30, 1, complaint=lambda: "no compiler")
+    build = Stage("a", "builds", gpu.STAGES["a"].command, 30, 1, complaint=lambda options: "no compiler")
     monkeypatch.setitem(gpu.STAGES, "a", build)
     assert run(tmp_path) == 1
     assert stages(tmp_path)["a"]["reason"] == "no compiler"
@@ -164,7 +177,8 @@ def test_a_build_that_setup_py_gave_up_is_a_failure(
 def test_an_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--stages", "info,sute"])
-    assert "--stages must be among build, info, parity, suite, operators, sweep, got sute" in capsys.readouterr().err
+    names = "build, info, parity, suite, soak, sanitizer, operators, sweep"
+    assert f"--stages must be among {names}, got sute" in capsys.readouterr().err
 
 
 def test_make_gpu_runs_the_command_with_the_active_python() -> None:
@@ -202,6 +216,195 @@ def test_the_suite_has_the_tests_of_operators_and_balancer_the_most_telling_firs
     assert {"test_balancer_contract.py", "test_ops_isa.py", "test_layout.py"} <= set(names)
     assert not {"test_demo.py", "test_gpu_entry.py", "test_benchmarks.py"} & set(names)
     assert {f"{name}.py" for name in gpu.SUITE} <= set(names)
+    assert not set(gpu.SUITE_ELSEWHERE) & set(names)
+    assert all((ROOT / "tests" / name).exists() for name in gpu.SUITE_ELSEWHERE)
+
+
+# --- The build
+
+
+def program(folder: Path, name: str, code: str) -> None:
+    """A program of Python that stands in for one of the system's."""
+    path = folder / name
+    path.write_text(f"#!{sys.executable}\n{textwrap.dedent(code)}")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is the whole PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def test_the_build_is_for_the_gpus_that_are_here(system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    environment = gpu.STAGES["build"].environment
+    assert "TORCH_CUDA_ARCH_LIST" not in environment(options(tmp_path))  # no nvidia-smi
+    program(system, "nvidia-smi", "print('10.0\\n9.0\\n9.0\\n[N/A]')")
+    assert environment(options(tmp_path)) == {"TORCH_CUDA_ARCH_LIST": "9.0 10.0", "MAX_JOBS": str(os.cpu_count())}
+    assert "TORCH_CUDA_ARCH_LIST" not in environment(options(tmp_path, "--device", "cpu"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    assert "TORCH_CUDA_ARCH_LIST" not in environment(options(tmp_path))  # the user's stays
+    program(system, "nvidia-smi", "raise SystemExit('no devices were found')")
+    assert gpu.compute_capabilities() == ""
+
+
+def test_a_gpu_needs_both_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    package = tmp_path / gpu.PACKAGE
+    package.mkdir()
+    build, on_gpu, on_cpu = gpu.STAGES["build"], options(tmp_path), options(tmp_path, "--device", "cpu")
+    assert build.complaint(on_cpu) == "no _C, and no word why"
+    (package / "_C.cpython-312.so").touch()
+    (package / "_build_error_cuda.txt").write_text("no toolkit\n")
+    assert (build.complaint(on_cpu), build.remark(on_cpu)) == ("", "no _C_cuda: no toolkit")
+    assert build.complaint(on_gpu) == "no _C_cuda: no toolkit"
+    (package / "_build_error.txt").write_text("no compiler\n")
+    assert build.complaint(on_gpu) == "no _C: no compiler; no _C_cuda: no toolkit"
+    for record in package.glob("*.txt"):
+        record.unlink()
+    assert build.complaint(on_gpu) == "no _C_cuda, and no word why"
+    monkeypatch.delenv("DBMTL_FUSED_CUDA", raising=False)
+    assert build.environment(on_cpu)["DBMTL_FUSED_CUDA"] == "0"
+    (package / "_C_cuda.cpython-312.so").touch()
+    assert (build.complaint(on_gpu), build.remark(on_gpu)) == ("", "")
+    assert "DBMTL_FUSED_CUDA" not in build.environment(on_cpu)  # which would remove it
+
+
+def test_what_a_build_left_out_is_said_although_it_passed(stage_table: dict[str, str], tmp_path: Path) -> None:
+    stage_table.update(a="pass", b="pass", c="pass")
+    gpu.STAGES["a"] = Stage("a", "builds", gpu.STAGES["a"].command, 30, 1, remark=lambda options: "no _C_cuda")
+    assert run(tmp_path) == 0
+    found = stages(tmp_path)["a"]
+    assert (found["status"], found["reason"]) == (PASSED, "no _C_cuda")
+
+
+def test_a_stage_has_its_own_environment(stage_table: dict[str, str], tmp_path: Path) -> None:
+    stage_table.update(a="import os; print(os.environ['FROM'])", b="pass", c="pass")
+    command = gpu.STAGES["a"].command
+    gpu.STAGES["a"] = Stage("a", "prints", command, 30, 1, environment=lambda options: {"FROM": options.device})
+    assert run(tmp_path) == 0
+    assert stages(tmp_path)["a"]["log"] == "cpu\n"
+
+
+# --- compute-sanitizer
+
+BANNER = "========= COMPUTE-SANITIZER\n"
+CLEAN = "========= ERROR SUMMARY: 0 errors\n"
+FINDING = "========= Invalid __global__ read of size 16 bytes\n=========     at balance_kernel\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "outcome", "why"),
+    [
+        (0, f"{BANNER}{sanitize.READY}\ncase\n{sanitize.DONE}\n{CLEAN}", PASSED, ""),
+        (
+            0,
+            f"{sanitize.READY}\n{sanitize.DONE}\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)",
+            PASSED,
+            "",
+        ),
+        (0, BANNER + CLEAN, FAILED, "exit code 0"),  # the driver did not run
+        (0, f"{BANNER}{sanitize.READY}\n{sanitize.DONE}\n", FAILED, "exit code 0"),  # the tool did not
+        (0, f"{BANNER}{sanitize.DONE}\n========= RACECHECK SUMMARY: 1 hazard displayed", FAILED, "1 hazard"),
+        (9, f"{BANNER}{sanitize.READY}\n{FINDING}========= ERROR SUMMARY: 1 error", FAILED, "Invalid __global__ read"),
+        (1, f"{BANNER}{sanitize.READY}\nAssertionError: balance_\n{CLEAN}", FAILED, "AssertionError: balance_"),
+        (None, f"{BANNER}{sanitize.READY}\ncase 7\n", FAILED, "cut off for want of time"),
+        (9, f"{BANNER}========= Error: Device not supported.\n", SKIPPED, "Error: Device not supported."),
+        (1, f"{BANNER}RuntimeError: CUDA error: unknown error\n", SKIPPED, "CUDA error: unknown error"),
+        (1, f"{BANNER}cudaMalloc failed with error 999\n", SKIPPED, "cudaMalloc failed with error 999"),
+        (1, f"{BANNER}{sanitize.READY}\nCUDA error: unknown error\n", FAILED, "exit code 1"),  # a kernel's
+        (0, f"{BANNER}{sanitize.NOT_HERE}no such module\n{CLEAN}", SKIPPED, "no such module"),
+    ],
+)
+def test_what_a_sanitizer_says_is_judged(code: int | None, output: str, outcome: str, why: str) -> None:
+    found, said = sanitize.judge(code, output)
+    assert found == outcome
+    assert why in said
+    assert bool(why) == bool(said)
+
+
+def test_the_first_findings_are_in_the_report(system: Path, tmp_path: Path) -> None:
+    """Through a stand-in for compute-sanitizer: each tool ends in another way."""
+    program(
+        system,
+        "compute-sanitizer",
+        f"""
+        import os, sys, time
+        tool, backend = (sys.argv[sys.argv.index(of) + 1] for of in ("--tool", "--backend"))
+        assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        print("========= COMPUTE-SANITIZER", flush=True)
+        if backend == "triton":
+            print({sanitize.NOT_HERE!r} + "no Triton")
+        elif tool == "racecheck":
+            raise SystemExit("========= Error: Device not supported.")
+        elif tool == "synccheck":
+            time.sleep(60)
+        else:
+            finding = "" if tool == "memcheck" else 100 * {FINDING!r}
+            print({sanitize.READY!r}, {sanitize.DONE!r}, finding + "========= ERROR SUMMARY: 0 errors", sep="\\n")
+            raise SystemExit(9 if finding else 0)
+        """,
+    )
+    lines = tmp_path / "lines"
+    assert sanitize.main(["--seconds", "3", "--lines", str(lines)]) == 1
+    found = gpu.read_lines(lines.read_text())
+    assert found["counts"] == {"passed": 1, "failed": 2, "skipped": 2}
+    failures = {of["test"].split("::")[1]: of["why"] for of in found["failures"]}
+    assert failures.keys() == {"initcheck, cuda", "synccheck, cuda"}
+    assert failures["initcheck, cuda"].startswith(f"exit code 9\n{FINDING}")
+    assert "exit code 9" in gpu.lines_to_text(found)
+    assert failures["synccheck, cuda"].startswith("cut off")
+    assert found["skips"].keys() == {"no Triton", "compute-sanitizer: Error: Device not supported."}
+
+
+def test_a_missing_sanitizer_is_a_skip(system: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    assert sanitize.main(["--lines", str(lines)]) == 0
+    found = gpu.read_lines(lines.read_text())
+    assert {reason: len(of) for reason, of in found["skips"].items()} == {
+        "compute-sanitizer is not on the PATH": len(sanitize.CHECKS)
+    }
+
+
+def test_the_sanitizers_driver_runs_every_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sanitize_driver.main(["--backend", "reference", "--device", "cpu"]) == 0
+    ready, *names, done = capsys.readouterr().out.splitlines()
+    assert (ready, done) == (sanitize.READY, sanitize.DONE)
+    assert names == [case.name for case in sanitize_driver.cases()]
+    assert len(names) == len(set(names)) > 50
+    for *_, every in sanitize.CHECKS:
+        for prefix in ("balance_ 17 ", "combine 17 ", "ema_update_ 70 "):
+            assert any(name.startswith(prefix) for name in names[::every])
+
+
+def test_the_sanitizers_driver_says_where_a_backend_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sanitize_driver.backends, "why_not", lambda backend, device: f"no {backend} on {device}")
+    assert sanitize_driver.main(["--backend", "triton", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"{sanitize.NOT_HERE}no triton on cpu\n"
+
+
+def test_the_sanitizers_driver_sees_kernels_that_do_nothing() -> None:
+    def balance_(backend: str, device: torch.device) -> dict[str, torch.Tensor]:
+        return {"out": torch.full((3,), float(backend == "reference"))}
+
+    with pytest.raises(AssertionError, match=r"^doing nothing: out: "):
+        sanitize_driver.run(sanitize_driver.Case("doing nothing", balance_), "cpu", torch.device("cpu"))
+
+
+def test_inputs_of_the_sanitizers_driver_end_where_their_memory_ends() -> None:
+    values = torch.arange(6.0).view(2, 3)
+    placed = sanitize_driver.Inputs(torch.device("cpu"), 0).placed(values, sanitize_driver.CROOKED)
+    assert torch.equal(placed, values)
+    assert placed.storage_offset() == 1
+    assert placed.stride() == (6, 1)
+    assert placed.untyped_storage().nbytes() == 4 * (1 + 3 + 3 + 3)
 
 
 def test_the_operators_stage_stops_by_itself_before_it_is_cut_off(tmp_path: Path) -> None:
@@ -211,8 +414,24 @@ def test_the_operators_stage_stops_by_itself_before_it_is_cut_off(tmp_path: Path
 
 def test_the_default_stages_fit_their_time(tmp_path: Path) -> None:
     chosen = options(tmp_path)
-    assert chosen.stages == ("build", "info", "parity", "suite", "operators")
-    assert sum(gpu.STAGES[name].reserve for name in chosen.stages) <= 60 * chosen.minutes
+    assert chosen.stages == ("build", "info", "parity", "suite", "soak", "sanitizer", "operators")
+    reserves = {name: gpu.STAGES[name].reserve for name in chosen.stages}
+    assert sum(reserves.values()) <= 60 * chosen.minutes
+    # Nothing can be shown without the build: it may take as long as it is allowed to.
+    assert 60 * chosen.minutes - sum(reserves.values()) + reserves["build"] >= gpu.STAGES["build"].limit
+
+
+def test_a_soak_that_hangs_has_time_to_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)  # as if there were pytest-timeout
+    for seconds, limit in ((40.0, 25), (900.0, gpu.SECONDS_PER_TEST)):
+        assert f"--timeout={limit}" in gpu.STAGES["soak"].command(Context(options(tmp_path), tmp_path, seconds))
+
+
+def test_a_failure_without_a_failed_test_shows_how_the_log_ends() -> None:
+    result = gpu.Result("soak", "", FAILED, command="pytest", log="stack of the thread that hangs", text="3 passed")
+    assert "3 passed\nits log ends:\nstack of the thread that hangs" in result.to_text()
+    result.status = PASSED
+    assert "its log ends" not in result.to_text()
 
 
 def test_every_test_that_fails_or_is_skipped_is_in_the_report(tmp_path: Path) -> None:
@@ -374,6 +593,20 @@ def test_a_wrong_candidate_is_reported_and_not_timed(monkeypatch: pytest.MonkeyP
     assert "LibMTL's expression" in section.samples
     (failure,) = found.failures
     assert failure.startswith("balance_ fp32, T=2, P=0.0001M: tight eager: AssertionError: differs from float64 by inf")
+
+
+def test_the_cuda_backend_is_held_against_triton_where_both_are() -> None:
+    samples = {f"dbmtl_fused {name}": [Sample(seconds)] * 3 for name, seconds in (("cuda", 1.02), ("triton", 1.0))}
+    (bar,) = bench_gpu_ops._beside_triton("combine", samples)
+    assert (bar.name, bar.target, bar.passed) == ("combine: dbmtl_fused cuda / dbmtl_fused triton", 1.03, True)
+    assert bar.measured.median == pytest.approx(1.02)
+    slower = {**samples, "dbmtl_fused cuda": [Sample(1.04)] * 3}
+    assert not bench_gpu_ops._beside_triton("combine", slower)[0].passed
+    del slower["dbmtl_fused triton"]
+    assert bench_gpu_ops._beside_triton("combine", slower) == []
+    host = {f"combine, {name}": [Sample(1.0)] for name in ("triton", "cuda", "reference")}
+    found = [bar.name for name in host for bar in bench_gpu_ops._beside_triton("host", host, name)]
+    assert found == ["host: combine, cuda / combine, triton"]
 
 
 def test_what_time_does_not_allow_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
