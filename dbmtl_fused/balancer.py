@@ -150,6 +150,7 @@ class DBMTL:
         self,
         losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
         *,
+        scaler: torch.amp.GradScaler | None = None,
         overwrite: bool = False,
         retain_graph: bool = False,
     ) -> None:
@@ -158,20 +159,27 @@ class DBMTL:
         The graph of each task is freed as soon as no later task needs it.
 
         :param losses: One loss per task: a sequence in task order, a dict by task name, or a tensor of shape ``(T,)``.
+        :param scaler: Of fp16 training: scales what goes through the graph (the *log*-losses: before the log a scale
+            would cancel) and ``.grad``, so that its ``unscale_``, ``step`` and ``update`` work as usual. The EMA gets
+            gradients unscaled.
         :param overwrite: Replace the shared parameters' ``.grad`` instead of adding to it.
         :param retain_graph: Keep the graphs for further backward passes.
-        :raises TypeError, ValueError: If ``losses`` do not fit; nothing has changed then.
+        :raises TypeError, ValueError: If ``losses`` or ``scaler`` do not fit; nothing has changed then.
         :raises RuntimeError: If the balancer cannot be used (stale, DDP, an earlier failure), or a task's backward
             pass fails or reaches no shared parameter. In the last two cases shared ``.grad`` is unchanged and
             ``reset()`` or ``load_state_dict()`` must follow.
         """
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
         self._check_usable()
         task_losses = TaskLosses(losses, self.task_names, self.log_eps, self.layout.device)
-        one = torch.ones_like(task_losses.values[0])
+        scale = torch.ones_like(task_losses.values[0])
+        if scaler is not None:
+            scale = scaler.scale(scale)
         if self._rows is None:
-            self._plain_backward(task_losses, one, overwrite, retain_graph)
+            self._plain_backward(task_losses, scale, overwrite, retain_graph)
         else:
-            self._accumulate(self.balanced_grads(task_losses, one, retain_graph=retain_graph), overwrite)
+            self._accumulate(self.balanced_grads(task_losses, scale, retain_graph=retain_graph), overwrite)
 
     def __call__(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> Tensor:
         """A loss for loops that call ``loss.backward()`` themselves: ``Σ_t log(l_t + log_eps)``, 0-d.

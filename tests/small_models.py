@@ -80,15 +80,20 @@ class Algorithm1:
         self.k, self.ema = 0, oracle.real(0.0)
 
     def step(self, losses: Sequence[Tensor]) -> np.ndarray[Any, Any]:
-        """Take a step on ``losses``, whose graphs are kept, and return the shared gradient, flat."""
-        self.k += 1
+        """Take a step on ``losses``, whose graphs are kept, and return the shared gradient, flat.
+
+        An entry of the EMA whose update is not finite stays as it was; such a step returns NaN and does not count.
+        """
         task_grads = []
         for loss in losses:
             grads = torch.autograd.grad(loss, self.params, retain_graph=True, allow_unused=True)
             task_grads.append(oracle.real(flat(grads, self.params)))
             if self.log_losses:
                 task_grads[-1] = task_grads[-1] / (oracle.real(loss.item()) + oracle.real(1e-8))
-        beta_k = oracle.real(self.beta) / oracle.real(self.k) ** oracle.real(self.beta_sigma)
+        beta_k = oracle.real(self.beta) / oracle.real(self.k + 1) ** oracle.real(self.beta_sigma)
         ema = np.broadcast_to(self.ema, (len(losses), len(task_grads[0])))
-        self.ema = oracle.ema_update(ema, np.stack(task_grads), beta_k).ema
+        self.ema, found_inf = oracle.ema_update(ema, np.stack(task_grads), beta_k)
+        if found_inf:
+            return np.full(len(task_grads[0]), np.nan)
+        self.k += 1
         return oracle.combine(self.ema, oracle.row_norms(self.ema), self.alpha, self.constant).out
