@@ -14,14 +14,18 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 SOURCES := setup.py csrc dbmtl_fused triton_kernels benchmarks tests examples
 
-.PHONY: demo test bench gpu lint format clean
+.PHONY: demo test suite suite-interpreted bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.dbmtl_fused-demo
 	$(PYTHON) -m dbmtl_fused demo $(ARGS)
 
-test: $(VENV)/.dbmtl_fused-dev
+test: suite suite-interpreted
+
+suite: $(VENV)/.dbmtl_fused-dev
 	$(PYTHON) -m pytest $(ARGS)
+
+suite-interpreted: $(VENV)/.dbmtl_fused-dev
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest $(ARGS)
 
 bench: $(VENV)/.dbmtl_fused-bench
