@@ -135,7 +135,7 @@ def ema_update(numels: Sequence[int], state: torch.dtype, kind: int, backend: st
     """
     inputs, compute = Inputs(device, kind), compute_dtype(state)
     segments, P = _segments(numels)
-    chunks = inputs.placed(chunk_table(segments))
+    chunks = inputs.placed(chunk_table(segments.tolist()))
     row = inputs.normal((P,), state, _layout(kind))
     partials, sq_norm = inputs.fresh((len(chunks),), compute), inputs.fresh((), compute)
     found_inf, arrivals = inputs.scalar(0.0, torch.float32), inputs.scalar(0, torch.int32)

@@ -75,7 +75,7 @@ class FlatLayout:
         self.numel = sum(slot.numel for slot in self.slots)
         self.state_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.segments = torch.tensor(segments, dtype=torch.int64, device="cpu")
-        self.chunks = chunk_table(self.segments).to(self.device)
+        self.chunks = chunk_table(segments).to(self.device)
         self.groups = self._groups()
 
     def _groups(self) -> list[Group]:
@@ -99,16 +99,17 @@ class FlatLayout:
         return ordered.copy_(grad)
 
 
-def chunk_table(segments: Tensor) -> Tensor:
-    """``(slot, start, numel)`` of every chunk of up to :data:`CHUNK` columns, shape ``(C, 3)``, int64.
+def chunk_table(segments: Iterable[Sequence[int]]) -> Tensor:
+    """``(slot, start, numel)`` of every chunk of up to :data:`CHUNK` columns, shape ``(C, 3)``, int64, on the CPU.
 
     :param segments: ``(start, numel, first_chunk)`` of every slot, as in ``ema_update_``.
     """
-    counts = -(segments[:, 1] // -CHUNK)
-    slots = torch.arange(len(segments)).repeat_interleave(counts)
-    start, numel, first_chunk = segments[slots].unbind(1)
-    offsets = (torch.arange(len(slots)) - first_chunk) * CHUNK
-    return torch.stack([slots, start + offsets, (numel - offsets).clamp(max=CHUNK)], dim=1)
+    chunks = [
+        (slot, start + offset, min(CHUNK, numel - offset))
+        for slot, (start, numel, _) in enumerate(segments)
+        for offset in range(0, numel, CHUNK)
+    ]
+    return torch.tensor(chunks, dtype=torch.int64, device="cpu").view(-1, 3)
 
 
 def _same_order(strides: Sequence[int], slot: Slot) -> bool:

@@ -184,7 +184,7 @@ class Segments(NamedTuple):
     @classmethod
     def at(cls, rows: Sequence[tuple[int, int, int]], P: int) -> Segments:
         table = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-        chunks = chunk_table(table).to(DEVICE)
+        chunks = chunk_table(rows).to(DEVICE)
         return cls(table, P, len(chunks), chunks)
 
     @classmethod

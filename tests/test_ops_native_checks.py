@@ -34,7 +34,7 @@ def arguments(op: str) -> dict[str, Any]:
         inputs = {"ema": zeros(T, P), "sq_norms": zeros(T), "found_inf": flags(), "scale": zeros()}
         return {**inputs, **alpha, "accumulate": False, **outputs, "alpha_value": zeros()}
     segments = Segments.of([5000, 12])
-    tables = {"segments": segments.table, "chunks": chunk_table(segments.table).to(DEVICE)}
+    tables = {"segments": segments.table, "chunks": chunk_table(segments.table.tolist()).to(DEVICE)}
     inputs = {"grads": [zeros(5000), zeros(12)], "slots": [0, 1], **tables}
     scalars = {"beta": zeros(), "inv_scale": zeros(), "seed": None}
     outputs = {"partials": zeros(segments.chunks), "sq_norm": zeros(), "found_inf": flags()}
