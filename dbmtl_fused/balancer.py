@@ -6,6 +6,7 @@ import copy
 import gc
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dbmtl_fused.functional import alpha_arguments, check_finite_float
 from dbmtl_fused.layout import FlatLayout, grad_dtype, named_shared_parameters
 from dbmtl_fused.losses import TaskLosses
 from dbmtl_fused.rows import EmaRows, Step, SumRows
+from dbmtl_fused.window import Window, check_accumulation_steps
 
 CPU_BUCKET_BYTES = 1 << 20
 """Default bucket on CPUs: gradients are used while they are in the cache, and malloc reuses the same warm pages."""
@@ -142,6 +144,7 @@ class DBMTL:
             self._rows.buffer.zero_()
         self._reached = [False] * len(self._params)  # by any task, ever
         self._failure: str | None = None
+        self._window: Window | None = None
         dtype, device = compute_dtype(self._state_dtype), self.layout.device
         unmeasured = torch.full((self.num_tasks,), torch.nan, dtype=dtype, device=device)
         self.norms, self.weights, self.alpha_value = unmeasured, unmeasured.clone(), unmeasured[0].clone()
@@ -150,6 +153,7 @@ class DBMTL:
         self,
         losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
         *,
+        accumulation_steps: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
         overwrite: bool = False,
         retain_graph: bool = False,
@@ -159,12 +163,16 @@ class DBMTL:
         The graph of each task is freed as soon as no later task needs it.
 
         :param losses: One loss per task: a sequence in task order, a dict by task name, or a tensor of shape ``(T,)``.
+        :param accumulation_steps: ``M`` micro-batches make one step: ``g_t`` is the mean of their gradients of the log
+            of the loss (do not divide the losses: that cancels in the log). Shared ``.grad`` is written when every task
+            has had ``M``; no more memory is needed. Tasks may come one by one, as dicts of some of them, so that each
+            graph is freed at once. A window that stays short ends with :meth:`flush`.
         :param scaler: Of fp16 training: scales what goes through the graph (the *log*-losses: before the log a scale
             would cancel) and ``.grad``, so that its ``unscale_``, ``step`` and ``update`` work as usual. The EMA gets
             gradients unscaled.
         :param overwrite: Replace the shared parameters' ``.grad`` instead of adding to it.
         :param retain_graph: Keep the graphs for further backward passes.
-        :raises TypeError, ValueError: If ``losses`` or ``scaler`` do not fit; nothing has changed then.
+        :raises TypeError, ValueError: If an argument does not fit; nothing has changed then.
         :raises RuntimeError: If the balancer cannot be used (stale, DDP, an earlier failure), or a task's backward
             pass fails or reaches no shared parameter. In the last two cases shared ``.grad`` is unchanged and
             ``reset()`` or ``load_state_dict()`` must follow.
@@ -172,78 +180,162 @@ class DBMTL:
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
         self._check_usable()
-        task_losses = TaskLosses(losses, self.task_names, self.log_eps, self.layout.device)
+        tasks, task_losses = self._task_losses(losses, accumulation_steps)
         scale = torch.ones_like(task_losses.values[0])
         if scaler is not None:
             scale = scaler.scale(scale)
         if self._rows is None:
-            self._plain_backward(task_losses, scale, overwrite, retain_graph)
+            self._plain_backward(tasks, task_losses, scale, overwrite, retain_graph, accumulation_steps)
         else:
-            self._accumulate(self.balanced_grads(task_losses, scale, retain_graph=retain_graph), overwrite)
+            grads = self.balanced_grads(
+                task_losses, scale, tasks=tasks, accumulation_steps=accumulation_steps, retain_graph=retain_graph
+            )
+            self._accumulate(grads, overwrite)
 
-    def __call__(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> Tensor:
+    def flush(self, *, overwrite: bool = False) -> None:
+        """End an accumulation window that stays short, as at the end of an epoch, and take its step.
+
+        What did not come counts as zero: means are still over ``accumulation_steps``. Where the smaller number is known
+        before the window begins, give that instead. Without a window that has begun, nothing happens.
+
+        :param overwrite: As in :meth:`backward`.
+        """
+        if self._window is None:
+            return
+        self._check_usable()
+        if self._rows is None:
+            self._end_plain_step()
+        else:
+            self._accumulate(self._finish_step(), overwrite)
+
+    def __call__(
+        self,
+        losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
+        *,
+        accumulation_steps: int | None = None,
+    ) -> Tensor:
         """A loss for loops that call ``loss.backward()`` themselves: ``Σ_t log(l_t + log_eps)``, 0-d.
 
         Its backward pass runs the ``T`` backward passes and returns the balanced shared gradients to autograd; scaling
         the loss scales them and the heads' gradients, not the EMA. Heads are reached by ``loss.backward()`` only, not
         by ``backward(inputs=...)`` or ``autograd.grad``. Under ``no_grad`` it is just the value.
 
-        :param losses: As in :meth:`backward`.
+        :param losses, accumulation_steps: As in :meth:`backward`. The value is that of these losses alone; gradients
+            are divided by the number of micro-batches.
         :raises RuntimeError: In backward: with ``create_graph=True``, and when run a second time.
         """
         if not torch.is_grad_enabled():
             return TaskLosses(losses, self.task_names, self.log_eps, self.layout.device, need_graph=False).value()
         self._check_usable()
-        task_losses = TaskLosses(losses, self.task_names, self.log_eps, self.layout.device)
+        tasks, task_losses = self._task_losses(losses, accumulation_steps)
         if self._rows is None:
-            value = task_losses.differentiable_value()
-            value.register_hook(lambda _: self._end_plain_step())
-            return value
-        return balanced_loss(self.balanced_grads, task_losses, self._params)
+            return self._plain_loss(tasks, task_losses, accumulation_steps)
+        grads = partial(self.balanced_grads, tasks=tasks, accumulation_steps=accumulation_steps)
+        return balanced_loss(grads, task_losses, self._params)
 
     @torch.no_grad()
     def balanced_grads(
-        self, losses: TaskLosses, scale: Tensor, *, retain_graph: bool, inputs: Sequence[Tensor] | None = None
+        self,
+        losses: TaskLosses,
+        scale: Tensor,
+        *,
+        tasks: Sequence[int],
+        accumulation_steps: int | None,
+        retain_graph: bool,
+        inputs: Sequence[Tensor] | None = None,
     ) -> list[Tensor | None]:
-        """Run the ``T`` backward passes and a step of the EMA.
+        """Run the backward passes of ``losses`` and, if that completes it, a step of the EMA.
 
         :param scale: Factor on all gradients that come out, not on those that go into the EMA, 0-d.
+        :param tasks: Whose losses they are.
         :param retain_graph: Keep the graphs.
         :param inputs: The only leaves to reach; None: all.
         :returns: The balanced gradient of each shared parameter, in the layout's order; None where none is to be
-            assigned: frozen parameters and those that no task has ever reached.
+            assigned: frozen parameters, those that no task has ever reached, and all of them until the step is
+            complete.
         """
         rows = self._rows
         assert rows is not None, "a plain sum has no balanced gradients"
-        step = Step(self._beta_k(), scale, losses.unusable(), self._step)
+        window = self._open_window(tasks, accumulation_steps)
         keep = [retain_graph or shared for shared in self._shared_graphs(losses)]
-        self._task = 0
+        self._task = tasks[0]
         try:
-            rows.begin(step)
+            if window.step is None:
+                window.step = Step(self._beta_k(), window.taken, self._step)
+                rows.begin(window.step)
+            window.step.take(tasks, scale, losses.unusable())
+            seeds = losses.seeds(scale / window.size)
             with self._capture() as capture:
-                for task, (root, seed) in enumerate(zip(losses.roots, losses.seeds(scale), strict=True)):
+                for task, root, seed, kept in zip(tasks, losses.roots, seeds, keep, strict=True):
                     self._task = task
-                    backward_pass(root, seed, retain_graph=keep[task], inputs=inputs)
+                    backward_pass(root, seed, retain_graph=kept, inputs=inputs)
                     with self._no_autocast():
                         reached = capture.finish_task()
                         self._note_reached(task, reached)
                         rows.end_task(task)
-            with self._no_autocast():
-                flats = rows.finish()
+                    window.taken[task] += 1
         except BaseException as error:
             name = self.task_names[self._task]
             self._failure = f"the backward pass of task {name!r} failed ({type(error).__name__}: {error})"
             raise
+        return self._finish_step() if window.is_complete() else [None] * len(self._params)
+
+    @torch.no_grad()
+    def _finish_step(self) -> list[Tensor | None]:
+        """End the window: balance what it got."""
+        rows, window = self._rows, self._window
+        assert rows is not None
+        assert window is not None
+        assert window.step is not None
+        step, self._window = window.step, None
+        with self._no_autocast():
+            for task in window.absent():
+                rows.update(task, range(len(self._params)), [None] * len(self._params), accumulate=False)
+                rows.end_task(task)
+            flats = rows.finish()
         self._step += step.found_inf == 0
         self.norms, self.weights, self.alpha_value = step.norms, step.weights, step.alpha_value
         return self._views(flats)
+
+    def _task_losses(
+        self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor, accumulation_steps: int | None
+    ) -> tuple[list[int], TaskLosses]:
+        """The tasks that ``losses`` are of, and the losses, checked against the window they fall into."""
+        if accumulation_steps is not None:
+            check_accumulation_steps(accumulation_steps)
+            if isinstance(self._rows, SumRows) and accumulation_steps > 1:
+                raise ValueError(
+                    f"accumulation_steps must be 1 with beta=0, got {accumulation_steps}: without an EMA there is no "
+                    "buffer in which each task's gradients could be added up"
+                )
+        names: Sequence[str] = self.task_names
+        if accumulation_steps is not None and isinstance(losses, Mapping):
+            names = [name for name in self.task_names if name in losses] or self.task_names
+        tasks = [self.task_names.index(name) for name in names]
+        if self._window is not None:
+            self._window.check(tasks, accumulation_steps)
+        return tasks, TaskLosses(losses, names, self.log_eps, self.layout.device)
+
+    def _open_window(self, tasks: Sequence[int], accumulation_steps: int | None) -> Window:
+        """The window that has begun, or a new one."""
+        if self._window is None:
+            self._window = Window(self.task_names, accumulation_steps)
+        self._window.check(tasks, accumulation_steps)
+        return self._window
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to continue bit for bit, by parameter name and in logical order.
 
         ``{"ema": {name: (T, *shape)}, "step": int64, "reached": [name, ...], "task_names": [name, ...]}``. As in an
         optimizer's state, ``ema`` holds views of the live buffer.
+
+        :raises RuntimeError: In the middle of an accumulation window.
         """
+        if self._window is not None:
+            raise RuntimeError(
+                "the state in the middle of an accumulation window cannot be saved; save after its last backward(), or "
+                "flush() first"
+            )
         names = (slot.name for slot in self.layout.slots)
         return {
             "ema": self.ema,
@@ -274,7 +366,7 @@ class DBMTL:
         self._step.copy_(torch.as_tensor(state_dict["step"]))
         reached = set(state_dict["reached"])
         self._reached = [slot.name in reached for slot in self.layout.slots]
-        self._failure = None
+        self._failure = self._window = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DBMTL:
         if not all(id(p) in memo for p in self._params):
@@ -351,9 +443,9 @@ class DBMTL:
         Where all tasks but the last shared theirs once, the walk over the graph is not repeated: keeping a graph
         needlessly costs memory until the losses die, no more.
         """
-        if not self._all_shared_graphs:
+        if not self._all_shared_graphs or len(losses.roots) < self.num_tasks:
             shared = losses.shared_with_later()
-            self._all_shared_graphs = all(shared[:-1])
+            self._all_shared_graphs = len(shared) == self.num_tasks and all(shared[:-1])
             return shared
         return [True] * (self.num_tasks - 1) + [False]
 
@@ -405,15 +497,44 @@ class DBMTL:
         if existing:
             torch._foreach_add_(existing, added)
 
-    def _plain_backward(self, losses: TaskLosses, scale: Tensor, overwrite: bool, retain_graph: bool) -> None:
+    def _plain_backward(
+        self,
+        tasks: Sequence[int],
+        losses: TaskLosses,
+        scale: Tensor,
+        overwrite: bool,
+        retain_graph: bool,
+        accumulation_steps: int | None,
+    ) -> None:
         """Equal weighting, of losses or of their logs: one ordinary backward pass over the sum."""
-        if overwrite:
+        window = self._open_window(tasks, accumulation_steps)
+        if overwrite and not any(window.taken):
             for p in self._params:
                 p.grad = None
-        backward_pass(losses.roots, losses.seeds(scale), retain_graph=retain_graph)
-        self._end_plain_step()
+        backward_pass(losses.roots, losses.seeds(scale / window.size), retain_graph=retain_graph)
+        self._count_plain(tasks)
+
+    def _plain_loss(self, tasks: Sequence[int], losses: TaskLosses, accumulation_steps: int | None) -> Tensor:
+        """The same as a loss."""
+
+        def on_backward(grad: Tensor) -> Tensor:
+            window = self._open_window(tasks, accumulation_steps)
+            self._count_plain(tasks)
+            return grad / window.size
+
+        value = losses.differentiable_value()
+        value.register_hook(on_backward)
+        return value
+
+    def _count_plain(self, tasks: Sequence[int]) -> None:
+        assert self._window is not None
+        for task in tasks:
+            self._window.taken[task] += 1
+        if self._window.is_complete():
+            self._end_plain_step()
 
     def _end_plain_step(self) -> None:
+        self._window = None
         self._step += 1
         self.weights = torch.ones_like(self.weights)
 

@@ -114,7 +114,8 @@ def _streaming(
     expected, errors = None, []
     for k in range(STEPS):
         beta, one = (torch.tensor(value, dtype=compute_dtype(state_dtype), device=device) for value in (BETA, 1.0))
-        step = Step(beta, one, torch.zeros(T, dtype=torch.bool, device=device), torch.tensor(k, device=device))
+        step = Step(beta, [0] * T, torch.tensor(k, device=device))
+        step.take(range(T), one, torch.zeros(T, dtype=torch.bool, device=device))
         rows.begin(step)
         flat_grads = torch.zeros(T, layout.P, dtype=torch.float64, device=device)
         *whole, (last, _) = enumerate(layout.slots)

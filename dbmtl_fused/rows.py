@@ -22,22 +22,37 @@ class Step:
     ``norms``, ``weights`` ``(T,)``, ``alpha_value`` 0-d: results. ``sq_norms`` ``(T,)``, ``found_inf``, ``scale``,
     ``inv_scale`` 0-d: see ``_ops``. ``betas``, ``row_sq_norms``: the 0-d coefficient and squared norm of each row.
 
+    A step takes its gradients in one call of :meth:`take` or in several, of which each task's first decays its row and
+    the others add to it.
+
     :param beta: EMA coefficient, 0-d, of the dtype that is computed in.
-    :param scale: Factor on the gradients that come in and, again, on those that go out, 0-d.
-    :param unusable: Tasks whose loss carries no information, shape ``(T,)``, bool. Their rows stay as they are (a
-        coefficient of 1), and the step counts as non-finite.
+    :param taken: How many gradients each task has had; the caller counts, here it is read.
     :param number: ``k``, 0-d int64: rows of bfloat16 draw the random bits of their rounding from it.
     """
 
-    def __init__(self, beta: Tensor, scale: Tensor, unusable: Tensor, number: Tensor) -> None:
-        self.betas = torch.where(unusable, 1, beta).unbind()
-        self.found_inf = unusable.any().to(torch.float32)
-        self.scale = scale.to(beta.dtype)
-        self.inv_scale = self.scale.reciprocal()
-        self.sq_norms, self.norms, self.weights = (beta.new_empty(len(unusable)) for _ in range(3))
+    def __init__(self, beta: Tensor, taken: Sequence[int], number: Tensor) -> None:
+        T = len(taken)
+        self._beta, self.taken = beta, taken
+        self.betas: list[Tensor] = [beta] * T
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=beta.device)
+        self.sq_norms, self.norms, self.weights = (beta.new_empty(T) for _ in range(3))
         self.row_sq_norms = self.sq_norms.unbind()
         self.alpha_value = torch.empty_like(beta)
         self._number = number
+
+    def take(self, tasks: Sequence[int], scale: Tensor, unusable: Tensor) -> None:
+        """Begin to take gradients of ``tasks``.
+
+        :param scale: Factor on the gradients that come in and, again, on those that go out, 0-d.
+        :param unusable: Those of ``tasks`` whose loss carries no information, shape ``(len(tasks),)``, bool. Their rows
+            stay as they are (a coefficient of 1), and the step counts as non-finite.
+        """
+        for task, beta in zip(tasks, torch.where(unusable, 1, self._beta).unbind(), strict=True):
+            if self.taken[task] == 0:
+                self.betas[task] = beta
+        self.found_inf = self.found_inf.maximum(unusable.any())
+        self.scale = scale.to(self._beta.dtype)
+        self.inv_scale = self.scale.reciprocal()
 
     def seeds(self) -> tuple[Tensor, ...]:
         """Of the rounding of each row: no two alike, over all steps."""
@@ -99,8 +114,9 @@ class _Rows:
         self._seeds = step.seeds() if self._dtype is torch.bfloat16 else [None] * len(step.betas)
 
     def update(self, task: int, slots: Sequence[int], grads: Sequence[Tensor | None], accumulate: bool) -> None:
-        """Take gradients of ``task``; see ``ema_update_``."""
+        """Take gradients of ``task``; see ``ema_update_``. Only the first of several in a step decay the row."""
         step = self._step
+        accumulate = accumulate or step.taken[task] > 0
         self._ops.ema_update_(
             self._row(task),
             grads,
@@ -184,13 +200,15 @@ class SumRows(_Rows):
 
     def begin(self, step: Step) -> None:
         super().begin(step)
+        self._is_empty = True
         self._sum = self._flat_grads.take(self._layout.P, self._dtype)
 
     def end_task(self, task: int) -> None:
         """Add the finished row to the sum."""
         one = torch.ones_like(self._step.scale)
         tasks = slice(task, task + 1)
-        self._combine(self._scratch[None], self._sum, tasks, ("constant", 1.0), one, accumulate=task > 0)
+        self._combine(self._scratch[None], self._sum, tasks, ("constant", 1.0), one, accumulate=not self._is_empty)
+        self._is_empty = False
 
     def finish(self) -> list[Tensor]:
         """The balanced gradient, one flat tensor per group of the layout."""

@@ -79,21 +79,25 @@ class Algorithm1:
         self.constant = alpha if self.alpha == "constant" else 1.0
         self.k, self.ema = 0, oracle.real(0.0)
 
-    def step(self, losses: Sequence[Tensor]) -> np.ndarray[Any, Any]:
-        """Take a step on ``losses``, whose graphs are kept, and return the shared gradient, flat.
+    def step(self, *micro_batches: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+        """Take a step on the losses of one batch or several, whose graphs are kept; return the shared gradient, flat.
 
         An entry of the EMA whose update is not finite stays as it was; such a step returns NaN and does not count.
         """
-        task_grads = []
-        for loss in losses:
-            grads = torch.autograd.grad(loss, self.params, retain_graph=True, allow_unused=True)
-            task_grads.append(oracle.real(flat(grads, self.params)))
-            if self.log_losses:
-                task_grads[-1] = task_grads[-1] / (oracle.real(loss.item()) + oracle.real(1e-8))
+        task_grads = np.mean([self._task_grads(losses) for losses in micro_batches], axis=0)
         beta_k = oracle.real(self.beta) / oracle.real(self.k + 1) ** oracle.real(self.beta_sigma)
-        ema = np.broadcast_to(self.ema, (len(losses), len(task_grads[0])))
-        self.ema, found_inf = oracle.ema_update(ema, np.stack(task_grads), beta_k)
+        ema = np.broadcast_to(self.ema, task_grads.shape)
+        self.ema, found_inf = oracle.ema_update(ema, task_grads, beta_k)
         if found_inf:
-            return np.full(len(task_grads[0]), np.nan)
+            return np.full(task_grads.shape[1], np.nan)
         self.k += 1
         return oracle.combine(self.ema, oracle.row_norms(self.ema), self.alpha, self.constant).out
+
+    def _task_grads(self, losses: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+        rows = []
+        for loss in losses:
+            grads = torch.autograd.grad(loss, self.params, retain_graph=True, allow_unused=True)
+            rows.append(oracle.real(flat(grads, self.params)))
+            if self.log_losses:
+                rows[-1] = rows[-1] / (oracle.real(loss.item()) + oracle.real(1e-8))
+        return np.stack(rows)

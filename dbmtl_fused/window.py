@@ -1,0 +1,54 @@
+"""``Window``: which losses of which tasks make one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dbmtl_fused.rows import Step
+
+
+class Window:
+    """The micro-batches of one step; complete when every task has had ``accumulation_steps`` of them.
+
+    :param task_names: Of all tasks.
+    :param accumulation_steps: As the user gave it; None: one loss of every task at once.
+
+    Attributes: ``size`` (micro-batches of a task), ``taken`` (how many each task has had), ``step`` (None before the
+    first, and where there is nothing to balance).
+    """
+
+    def __init__(self, task_names: Sequence[str], accumulation_steps: int | None) -> None:
+        self._task_names, self._accumulation_steps = task_names, accumulation_steps
+        self.size = accumulation_steps or 1
+        self.taken = [0] * len(task_names)
+        self.step: Step | None = None
+
+    def check(self, tasks: Sequence[int], accumulation_steps: int | None) -> None:
+        """Raise unless losses of ``tasks`` may come next.
+
+        :raises ValueError: If the window began with other ``accumulation_steps``, or a task has had all of its own.
+        """
+        if accumulation_steps != self._accumulation_steps:
+            raise ValueError(
+                f"accumulation_steps must stay what the window began with, {self._accumulation_steps}, got "
+                f"{accumulation_steps}; flush() ends the window"
+            )
+        for task in tasks:
+            if self.taken[task] >= self.size:
+                waiting = [name for name, taken in zip(self._task_names, self.taken, strict=True) if taken < self.size]
+                raise ValueError(
+                    f"task {self._task_names[task]!r} has had its {self.size} of this accumulation window, which waits "
+                    f"for {waiting}; flush() ends the window"
+                )
+
+    def is_complete(self) -> bool:
+        return all(taken == self.size for taken in self.taken)
+
+    def absent(self) -> list[int]:
+        """Tasks that have had nothing."""
+        return [task for task, taken in enumerate(self.taken) if taken == 0]
+
+
+def check_accumulation_steps(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"accumulation_steps must be a positive integer or None, got {value!r}")
