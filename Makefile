@@ -14,6 +14,13 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 SOURCES := setup.py csrc dbmtl_fused triton_kernels benchmarks tests examples
 
+# The CUDA module takes minutes to build for every kind of GPU: make builds it for those that are here, if any.
+ifeq ($(shell command -v nvidia-smi),)
+export DBMTL_FUSED_CUDA ?= 0
+else
+export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd' ')
+endif
+
 .PHONY: demo test suite suite-interpreted bench gpu lint format clean
 .DELETE_ON_ERROR:
 
