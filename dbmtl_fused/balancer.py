@@ -199,6 +199,7 @@ class DBMTL:
         before the window begins, give that instead. Without a window that has begun, nothing happens.
 
         :param overwrite: As in :meth:`backward`.
+        :raises RuntimeError: If the balancer cannot be used, as in :meth:`backward`.
         """
         if self._window is None:
             return
@@ -288,11 +289,15 @@ class DBMTL:
         assert window is not None
         assert window.step is not None
         step, self._window = window.step, None
-        with self._no_autocast():
-            for task in window.absent():
-                rows.update(task, range(len(self._params)), [None] * len(self._params), accumulate=False)
-                rows.end_task(task)
-            flats = rows.finish()
+        try:
+            with self._no_autocast():
+                for task in window.absent():
+                    rows.update(task, range(len(self._params)), [None] * len(self._params), accumulate=False)
+                    rows.end_task(task)
+                flats = rows.finish()
+        except BaseException as error:
+            self._failure = f"the balancing of its last step failed ({type(error).__name__}: {error})"
+            raise
         self._step += step.found_inf == 0
         self.norms, self.weights, self.alpha_value = step.norms, step.weights, step.alpha_value
         return self._views(flats)

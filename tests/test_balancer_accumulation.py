@@ -233,3 +233,24 @@ def test_no_checkpoint_in_the_middle(rng: Rng) -> None:
         balancer.state_dict()
     balancer.flush()
     assert int(balancer.state_dict()["step"]) == 1
+
+
+def test_a_step_that_fails_at_its_end_is_noticed(rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The EMA has advanced and the step has not: nothing goes on until that is mended."""
+    net, balancer = make("reference")
+
+    def out_of_memory() -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(balancer._rows, "finish", out_of_memory)
+        with pytest.raises(MemoryError):
+            balancer.backward(net.batch_losses(rng))
+    assert all(p.grad is None for p in net.encoder.parameters())
+    with pytest.raises(
+        RuntimeError, match=re.escape("the balancing of its last step failed (MemoryError: no room); call reset")
+    ):
+        balancer.backward(net.batch_losses(rng))
+    balancer.reset()
+    balancer.backward(net.batch_losses(rng))
+    assert int(balancer.step) == 1

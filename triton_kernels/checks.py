@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dbmtl_fused._ops import ALPHA_MODES, GRAD_DTYPES, compute_dtype
+from dbmtl_fused._ops import ALPHA_MODES, GRAD_DTYPES, STATE_DTYPES, compute_dtype
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -32,7 +32,7 @@ def dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
 
 def state(name: str, tensor: Tensor) -> torch.dtype:
     """Check the dtype of a state and return what is computed in."""
-    if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+    if tensor.dtype not in STATE_DTYPES:
         raise RuntimeError(f"{name} must be float32, float64 or bfloat16, got {_name(tensor.dtype)}")
     return compute_dtype(tensor.dtype)
 
