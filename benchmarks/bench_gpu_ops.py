@@ -84,6 +84,10 @@ class Dtypes(NamedTuple):
         """Least traffic of ``combine``: the state read, the sum written."""
         return (T * self.state.itemsize + self.grad.itemsize) * P
 
+    def gram_bytes(self, T: int, P: int) -> int:
+        """Least traffic of ``gram``: the state read."""
+        return T * self.state.itemsize * P
+
     def ema_update_bytes(self, P: int) -> int:
         """Least traffic of ``ema_update_`` over a whole row: the row read and written, gradients read."""
         return (2 * self.state.itemsize + self.grad.itemsize) * P
@@ -143,7 +147,8 @@ class Run:
 
 
 class Matrices:
-    """One set of buffers of ``balance_`` and ``combine``: normal numbers, rows of different scale, as tasks' are."""
+    """One set of buffers of ``balance_``, ``combine`` and ``gram``: normal numbers, rows of different scale, as tasks'
+    are."""
 
     def __init__(self, T: int, P: int, dtypes: Dtypes, device: torch.device, number: int = 0) -> None:
         random = torch.Generator(device).manual_seed(number)
@@ -155,7 +160,10 @@ class Matrices:
         self.beta, self.one = (torch.tensor(value, dtype=compute, device=device) for value in (BETA, 1.0))
         self.seed = _seed(dtypes, device)
         self.norms, self.weights = (torch.empty(T, dtype=compute, device=device) for _ in range(2))
-        self.alpha_value, self.found_inf = torch.empty_like(self.one), torch.zeros((), device=device)
+        self.alpha_value, self.out_sq_norm = torch.empty_like(self.one), torch.empty_like(self.one)
+        self.found_inf = torch.zeros((), device=device)
+        self.arrivals = torch.zeros((), dtype=torch.int32, device=device)
+        self.products = torch.empty(T, T, dtype=compute, device=device)
         self.sq_norms = torch.linalg.vector_norm(self.ema, dim=1, dtype=compute).square()
 
     def balance_(self, op: Callable[..., None]) -> None:
@@ -163,13 +171,20 @@ class Matrices:
         op(self.ema, self.grads, self.beta, self.seed, "max", 0.0, EPS, *results)
 
     def combine(self, op: Callable[..., None]) -> None:
-        results = self.out, self.norms, self.weights, self.alpha_value
-        op(self.ema, self.sq_norms, self.found_inf, self.one, "max", 0.0, EPS, False, *results)
+        results = self.out, self.norms, self.weights, self.alpha_value, self.out_sq_norm, self.arrivals
+        op(self.ema, self.sq_norms, None, self.found_inf, self.one, "max", 0.0, EPS, False, *results)
 
     def combine_eagerly(self) -> None:
         """``combine`` in torch's own operators: the matrix is read once."""
         norms = self.sq_norms.sqrt()
         torch.mv(self.ema.t(), norms.amax() / (norms + EPS), out=self.out)
+
+    def gram(self, op: Callable[..., None]) -> None:
+        op(self.ema, self.products, self.arrivals)
+
+    def gram_eagerly(self) -> None:
+        """``gram`` in torch's own operator, which knows nothing of symmetry."""
+        torch.mm(self.ema, self.ema.t(), out=self.products)
 
 
 class Exact:
@@ -343,8 +358,10 @@ def measure_combine(run: Run, T: int, P: int, dtypes: Dtypes) -> None:
 
     def error(call: Callable[[], object]) -> float:
         sets[0].out.fill_(torch.nan)
+        sets[0].out_sq_norm.copy_(exact.square().sum())  # not every candidate has it
         call()
-        return relative_error(sets[0].out, exact)
+        errors = relative_error(sets[0].out, exact), relative_error(sets[0].out_sq_norm, exact.square().sum())
+        return max(errors)
 
     def subject(calls: Calls) -> Subject:
         return Subject(calls, functools.partial(error, calls[0]))
@@ -367,6 +384,34 @@ def measure_combine(run: Run, T: int, P: int, dtypes: Dtypes) -> None:
     ]
     bars += _beside_triton(title, samples)
     _publish(run, title, samples, bars, moved, better, errors, dtypes.rtol, len(sets))
+
+
+def measure_gram(run: Run, T: int, P: int, dtypes: Dtypes) -> None:
+    """``gram`` on a buffer that the caches do not hold."""
+    P = run.largest(T, P)
+    moved = dtypes.gram_bytes(T, P)
+    sets = _matrices(run, T, P, dtypes, moved)
+    scales = sets[0].sq_norms.double().sqrt()
+    exact = sets[0].ema.double() @ sets[0].ema.double().t() / scales.outer(scales)
+
+    def error(call: Callable[[], object]) -> float:
+        sets[0].products.fill_(torch.nan)
+        call()
+        return relative_error(sets[0].products / scales.outer(scales), exact)
+
+    def subject(calls: Calls) -> Subject:
+        return Subject(calls, functools.partial(error, calls[0]))
+
+    subjects: dict[str, Callable[[], Subject]] = {}
+    if dtypes == FP32:
+        subjects[TIGHT] = functools.partial(subject, [of.gram_eagerly for of in sets])
+    for backend in reversed(run.kernels):
+        op = backends.operators(backend).gram
+        subjects[fused(backend)] = functools.partial(subject, [functools.partial(of.gram, op) for of in sets])
+
+    title = f"gram {dtypes}, T={T}, P={P / 1e6:.4g}M"
+    samples, errors, better = _measure(run, title, subjects, moved, None, dtypes.rtol)
+    _publish(run, title, samples, _beside_triton(title, samples), moved, better, errors, dtypes.rtol, len(sets))
 
 
 def measure_ema_update(run: Run, model: str, params: Sequence[shapes.Shape], dtypes: Dtypes) -> None:
@@ -460,6 +505,7 @@ def measure_host(run: Run, T: int, P: int, params: Sequence[shapes.Shape]) -> No
             balance_, matrices.ema, matrices.grads, matrices.beta, out=matrices.out, backend=backend
         )
         functions[f"combine, {backend}"] = functools.partial(matrices.combine, ops.combine)
+        functions[f"gram, {backend}"] = functools.partial(matrices.gram, ops.gram)
         name = f"ema_update_, {len(params)} tensors, {backend}"
         functions[name] = functools.partial(lists.ema_update_, ops.ema_update_)
     for function in functions.values():
@@ -569,6 +615,8 @@ def plan(quick: bool) -> list[tuple[str, Callable[[Run], None]]]:
         for dtypes in (FP32, BF16_GRADS, BF16_STATE):
             add(measure_balance, 3, 5_000, dtypes)
             add(measure_combine, 3, 5_000, dtypes)
+            if dtypes != BF16_GRADS:  # gram sees none
+                add(measure_gram, 3, 5_000, dtypes)
             add(measure_ema_update, "few", few, dtypes)
         add(measure_small, 3, 1_000)
         add(measure_host, 3, 1_000, few)
@@ -584,6 +632,8 @@ def plan(quick: bool) -> list[tuple[str, Callable[[Run], None]]]:
     for T in TASKS:
         add(measure_combine, T, columns_of(T, LARGE_BYTES // 2), FP32)
         add(measure_combine, T, 11_200_000, FP32)
+    for T in TASKS:
+        add(measure_gram, T, columns_of(T, LARGE_BYTES // 2), FP32)
     add(measure_small, 3, 100_000)
     add(measure_host, 3, 100_000, models["ResNet-50"])
     for T in TASKS:
@@ -595,6 +645,8 @@ def plan(quick: bool) -> list[tuple[str, Callable[[Run], None]]]:
             add(measure_balance, T, 11_200_000, dtypes)
             add(measure_balance, T, columns_of(T, LARGE_BYTES), dtypes)
             add(measure_combine, T, columns_of(T, LARGE_BYTES // 2), dtypes)
+            if dtypes != BF16_GRADS:
+                add(measure_gram, T, columns_of(T, LARGE_BYTES // 2), dtypes)
         for model, params in models.items():
             add(measure_ema_update, model, params, dtypes)
     return jobs

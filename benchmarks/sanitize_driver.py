@@ -114,18 +114,30 @@ def balance(T: int, P: int, dtypes: Dtypes, kind: int, backend: str, device: tor
 
 
 def combine(T: int, P: int, dtypes: Dtypes, kind: int, backend: str, device: torch.device) -> Results:
-    """``combine``, into fresh memory or added to what is there."""
+    """``combine``, into fresh memory or added to what is there, half of the time with tasks that take no part."""
     (state, grad), layout, inputs = dtypes, _layout(kind), Inputs(device, kind)
     compute, accumulate = compute_dtype(state), kind % 3 == 0
     ema = inputs.normal((T, P), state, layout)
     sq_norms = inputs.placed(torch.linspace(1, 4, T, dtype=compute), layout)
     out = inputs.normal((P,), grad, layout) if accumulate else inputs.fresh((P,), grad, layout)
-    norms, weights, alpha = (inputs.fresh(size, compute) for size in ((T,), (T,), ()))
+    preference = inputs.placed((torch.arange(T) % 3).to(compute), layout) if kind % 4 > 1 else None
+    norms, weights, alpha, out_sq_norm = (inputs.fresh(size, compute) for size in ((T,), (T,), (), ()))
     found_inf, scale = inputs.scalar(0.0, torch.float32), inputs.scalar(0.5, compute)
-    written = out, norms, weights, alpha
+    arrivals = inputs.scalar(0, torch.int32)
+    written = out, norms, weights, alpha, out_sq_norm, arrivals
     op = backends.operators(backend).combine
-    op(ema, sq_norms, found_inf, scale, _alpha(kind), 2.5, 1e-8, accumulate, *written)
-    return {"out": out, "norms": norms, "weights": weights, "alpha": alpha}
+    op(ema, sq_norms, preference, found_inf, scale, _alpha(kind), 2.5, 1e-8, accumulate, *written)
+    results = {"out": out, "norms": norms, "weights": weights, "alpha": alpha}
+    return {**results, "out_sq_norm": out_sq_norm, "arrivals": arrivals}
+
+
+def gram(T: int, P: int, state: torch.dtype, kind: int, backend: str, device: torch.device) -> Results:
+    """``gram``."""
+    inputs = Inputs(device, kind)
+    ema = inputs.normal((T, P), state, _layout(kind))
+    out, arrivals = inputs.fresh((T, T), compute_dtype(state)), inputs.scalar(0, torch.int32)
+    backends.operators(backend).gram(ema, out, arrivals)
+    return {"out": out, "arrivals": arrivals}
 
 
 def ema_update(numels: Sequence[int], state: torch.dtype, kind: int, backend: str, device: torch.device) -> Results:
@@ -183,6 +195,8 @@ def cases() -> Iterator[Case]:
             sizes = f"{T} x {P}, {_short(dtypes[0])} state, {_short(dtypes[1])}"
             yield Case(f"balance_ {sizes}", functools.partial(balance, T, P, dtypes, kind))
             yield Case(f"combine {sizes}", functools.partial(combine, T, P, dtypes, kind))
+        for (state, _), kind in zip(DTYPES[1:4], kinds, strict=False):
+            yield Case(f"gram {T} x {P}, {_short(state)} state", functools.partial(gram, T, P, state, kind))
     for numels in ROWS:
         for (state, _), kind in zip(DTYPES[1:4], kinds, strict=False):
             name = f"ema_update_ {len(numels)} tensors, {_short(state)} state"

@@ -45,7 +45,7 @@ from benchmarks.timing import Quartiles, Sample, Samples, interleave, per_round
 from dbmtl_fused import backends
 from dbmtl_fused.triton_kernels import balance, tuning
 
-KERNELS = ("ema_update", "combine", "balance")
+KERNELS = ("ema_update", "combine", "gram", "balance")
 RESIDENCIES: tuple[Mapping[str, int], ...] = (
     {"BALANCE_WARPS": 8, "BALANCE_REGISTERS": 255},
     {"BALANCE_WARPS": 32, "BALANCE_REGISTERS": 64},
@@ -153,6 +153,20 @@ def combine_problem(T: int, P: int, device: torch.device) -> Problem:
     return Problem(f"combine, T={T}, P={P / 1e6:.4g}M", moved, [partial(of.combine, op) for of in sets], error)
 
 
+def gram_problem(T: int, P: int, device: torch.device) -> Problem:
+    op = backends.operators("triton").gram
+    moved = FP32.gram_bytes(T, P)
+    sets = [Matrices(T, P, FP32, device, i) for i in range(buffer_sets(moved, device))]
+    exact = sets[0].ema.double() @ sets[0].ema.double().t()
+
+    def error() -> float:
+        sets[0].products.fill_(torch.nan)
+        sets[0].gram(op)
+        return relative_error(sets[0].products, exact)
+
+    return Problem(f"gram, T={T}, P={P / 1e6:.4g}M", moved, [partial(of.gram, op) for of in sets], error)
+
+
 def balance_problem(T: int, P: int, device: torch.device) -> Problem:
     op = backends.operators("triton").balance_
     moved = FP32.balance_bytes(T, P)
@@ -212,6 +226,16 @@ def jobs(kernels: Sequence[str], tasks: Sequence[int], quick: bool) -> Iterator[
             fields = {"block": around(entry.block)[: 2 if quick else 3], "num_warps": warps[: 1 if quick else 3]}
             problems = [partial(combine_problem, T, P) for P in sizes]
             yield f"combine, T={T}", partial(sweep, Choice("COMBINE", key, entry), problems, fields)
+        if "gram" in kernels:
+            sizes = (medium,) if quick else (medium, columns_of(T, LARGE_BYTES // 2))
+            own = key in tuning.GRAM
+            current = Choice("GRAM" if own else "GRAM_LARGE", key if own else None, tuning.gram(T))
+            fields = {
+                "block": around(current.entry.block)[: 2 if quick else 3],
+                "num_warps": warps[: 1 if quick else 3],
+            }
+            problems = [partial(gram_problem, T, P) for P in sizes]
+            yield f"gram, T={T}", partial(sweep, current, problems, fields)
         if "balance" in kernels:
             sizes = (medium,) if quick else (medium, columns_of(T, LARGE_BYTES))
             tile = tuning.BALANCE[key]

@@ -47,5 +47,6 @@ PYBIND11_MODULE(_C, module) {
 STABLE_TORCH_LIBRARY_IMPL(dbmtl_fused, CPU, library) {
   library.impl("ema_update_.cpu", TORCH_BOX(&dbmtl_fused::cpu::ema_update_));
   library.impl("combine.cpu", TORCH_BOX(&dbmtl_fused::cpu::combine));
+  library.impl("gram.cpu", TORCH_BOX(&dbmtl_fused::cpu::gram));
   library.impl("balance_.cpu", TORCH_BOX(&dbmtl_fused::cpu::balance_));
 }

@@ -84,6 +84,14 @@ class Checks {
     return data_of<Element>(tensor, name);
   }
 
+  // Of a contiguous (size, size) matrix.
+  template <class Element>
+  Element* square(const Tensor& tensor, const char* name, int64_t size) const {
+    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == size && tensor.size(1) == size && tensor.is_contiguous(),
+                    name, " must have shape (", size, ", ", size, ") and be contiguous, got ", shape_of(tensor));
+    return data_of<Element>(tensor, name);
+  }
+
   // Of gradients and `out`.
   DType dtype_of(const Tensor& tensor, const char* name) const;
 
@@ -91,9 +99,14 @@ class Checks {
   const int64_t* seed_of(const std::optional<Tensor>& seed, const Tensor& state, const char* state_name) const;
 
   template <class Real>
-  Weighting<Real> weighting_of(Alpha alpha, double alpha_constant, double eps, const Tensor& norms,
-                               const Tensor& weights, int64_t T) const {
-    return {alpha, alpha_constant, eps, vector<Real>(norms, "norms", T), vector<Real>(weights, "weights", T)};
+  Weighting<Real> weighting_of(Alpha alpha, double alpha_constant, double eps, const std::optional<Tensor>& preference,
+                               const Tensor& norms, const Tensor& weights, int64_t T) const {
+    return {alpha,
+            alpha_constant,
+            eps,
+            preference ? vector<Real>(*preference, "preference", T) : nullptr,
+            vector<Real>(norms, "norms", T),
+            vector<Real>(weights, "weights", T)};
   }
 
   // Of ema_update_. A gradient may have any shape and stride: it is read as its first numel elements in memory.

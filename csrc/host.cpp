@@ -44,13 +44,15 @@ void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& gr
   });
 }
 
-void combine(const Tensor& ema, const Tensor& sq_norms, const Tensor& found_inf, const Tensor& scale,
-             StringHandle alpha, double alpha_constant, double eps, bool accumulate, const Tensor& out,
-             const Tensor& norms, const Tensor& weights, const Tensor& alpha_value) {
+void combine(const Tensor& ema, const Tensor& sq_norms, const std::optional<Tensor>& preference,
+             const Tensor& found_inf, const Tensor& scale, StringHandle alpha, double alpha_constant, double eps,
+             bool accumulate, const Tensor& out, const Tensor& norms, const Tensor& weights, const Tensor& alpha_value,
+             const Tensor& out_sq_norm, const Tensor& arrivals) {
   const Alpha mode = parse_alpha(alpha);
   check_matrix(ema, "ema");
   const int64_t T = ema.size(0), P = ema.size(1);
   check_vector(out, "out", P);
+  kOnCpu.scalar<int32_t>(arrivals, "arrivals");
 
   with_state_type(ema, "ema", [&](auto element) {
     using State = decltype(element);
@@ -63,12 +65,29 @@ void combine(const Tensor& ema, const Tensor& sq_norms, const Tensor& found_inf,
     args.sq_norms = kOnCpu.vector<Real>(sq_norms, "sq_norms", T);
     args.found_inf = kOnCpu.scalar<float>(found_inf, "found_inf");
     args.scale = kOnCpu.scalar<Real>(scale, "scale");
-    args.weighting = kOnCpu.weighting_of<Real>(mode, alpha_constant, eps, norms, weights, T);
+    args.weighting = kOnCpu.weighting_of<Real>(mode, alpha_constant, eps, preference, norms, weights, T);
     args.accumulate = accumulate;
     args.out_dtype = kOnCpu.dtype_of(out, "out");
     args.out = out.data_ptr();
     args.alpha_value = kOnCpu.scalar<Real>(alpha_value, "alpha_value");
+    args.out_sq_norm = kOnCpu.scalar<Real>(out_sq_norm, "out_sq_norm");
     launch_combine(args, parallel_for);
+  });
+}
+
+void gram(const Tensor& ema, const Tensor& out, const Tensor& arrivals) {
+  check_matrix(ema, "ema");
+  kOnCpu.scalar<int32_t>(arrivals, "arrivals");
+
+  with_state_type(ema, "ema", [&](auto element) {
+    using State = decltype(element);
+    Gram<State> args;
+    args.ema = kOnCpu.data_of<State>(ema, "ema");
+    args.ema_stride = ema.stride(0);
+    args.T = ema.size(0);
+    args.P = ema.size(1);
+    args.out = kOnCpu.square<RealOf<State>>(out, "out", args.T);
+    launch_gram(args, parallel_for);
   });
 }
 
@@ -96,7 +115,7 @@ void balance_(const Tensor& ema, const Tensor& grads, const Tensor& beta, const 
     args.P = P;
     args.beta = kOnCpu.scalar<Real>(beta, "beta");
     args.seed = kOnCpu.seed_of(seed, ema, "ema");
-    args.weighting = kOnCpu.weighting_of<Real>(mode, alpha_constant, eps, norms, weights, T);
+    args.weighting = kOnCpu.weighting_of<Real>(mode, alpha_constant, eps, std::nullopt, norms, weights, T);
     args.out_dtype = kOnCpu.dtype_of(out, "out");
     args.out = out.data_ptr();
     args.found_inf = kOnCpu.scalar<float>(found_inf, "found_inf");

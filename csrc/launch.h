@@ -67,8 +67,9 @@ struct Weighting {
   Alpha alpha;
   double alpha_constant;
   double eps;
-  Real* norms;    // (T,)
-  Real* weights;  // (T,)
+  const Real* preference;  // (T,); null: 1 for all
+  Real* norms;             // (T,)
+  Real* weights;           // (T,)
 };
 
 template <class State>
@@ -87,6 +88,16 @@ struct Combine {
   void* out;  // (P,)
   DType out_dtype;
   Real* alpha_value;
+  Real* out_sq_norm;
+};
+
+template <class State>
+struct Gram {
+  const State* ema;  // (T, P)
+  int64_t ema_stride;
+  int64_t T;
+  int64_t P;
+  RealOf<State>* out;  // (T, T)
 };
 
 template <class State>

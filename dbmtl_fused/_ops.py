@@ -111,7 +111,8 @@ def _ema_update_fake(
         row = beta * row + (1 - beta) * g          accumulate=False
         row = row + (1 - beta) * g                 accumulate=True
 
-    then ``partials`` of the slot's chunks (sums of ``row**2``) and ``sq_norm``, the sum of all partials in chunk order.
+    (a ``beta`` of 1 leaves the row as it is, whatever the gradients: they are not looked at), then ``partials`` of the
+    slot's chunks (sums of ``row**2``) and ``sq_norm``, the sum of all partials in chunk order.
 
     :param row: One row of the EMA, shape ``(P,)``; updated in place.
     :param grads: Dense gradients in the memory order of their parameters; the shape is irrelevant.
@@ -136,12 +137,14 @@ def _ema_update_fake(
 
 
 @_define(
-    "combine(Tensor ema, Tensor sq_norms, Tensor found_inf, Tensor scale, str alpha, float alpha_constant, float eps, "
-    "bool accumulate, Tensor(a!) out, Tensor(b!) norms, Tensor(c!) weights, Tensor(d!) alpha_value) -> ()"
+    "combine(Tensor ema, Tensor sq_norms, Tensor? preference, Tensor found_inf, Tensor scale, str alpha, "
+    "float alpha_constant, float eps, bool accumulate, Tensor(a!) out, Tensor(b!) norms, Tensor(c!) weights, "
+    "Tensor(d!) alpha_value, Tensor(e!) out_sq_norm, Tensor(f!) arrivals) -> ()"
 )
 def _combine_fake(
     ema: Tensor,
     sq_norms: Tensor,
+    preference: Tensor | None,
     found_inf: Tensor,
     scale: Tensor,
     alpha: str,
@@ -152,27 +155,52 @@ def _combine_fake(
     norms: Tensor,
     weights: Tensor,
     alpha_value: Tensor,
+    out_sq_norm: Tensor,
+    arrivals: Tensor,
 ) -> None:
     """Turn squared row norms into weights and write the weighted sum of the rows (paper, Eq. 2 and Algorithm 1)::
 
-        norms   = sqrt(sq_norms)
-        alpha   = max(norms)                       or what ``alpha`` says
-        weights = alpha / (norms + eps)            1 if alpha is "none"; NaN if found_inf
-        out     = scale * sum_t weights[t] * ema[t]         (+ out if accumulate)
+        norms       = sqrt(sq_norms)
+        alpha       = max(norms)                       or what ``alpha`` says; of rows with a preference other than 0
+        weights     = preference * alpha / (norms + eps)      preference if alpha is "none"; NaN if found_inf
+        out         = scale * sum_t weights[t] * ema[t]         (+ out if accumulate)
+        out_sq_norm = sum_p out[p]**2                  before out is rounded to its dtype
+
+    ``"min"`` is that of the norms other than 0, a row of zeros having no magnitude to balance by; ``max``, ``min``,
+    ``mean`` and ``median`` of no norm at all are 0.
 
     :param ema: EMA of the task gradients, shape ``(T, P)``.
     :param sq_norms: Squared norms of its rows (all-reduced first where rows are sharded), shape ``(T,)``.
+    :param preference: Of the tasks, shape ``(T,)``, >= 0; one with 0 takes no part. None: 1 for all.
     :param scale: Factor on ``out``, not on ``weights``, 0-d.
     :param alpha: One of :data:`ALPHA_MODES`.
     :param alpha_constant: ``alpha`` if the mode is ``"constant"``; else ignored.
     :param out: Shape ``(P,)``, adjacent columns.
     :param norms, weights: Shape ``(T,)``; written.
     :param alpha_value: 0-d; written (1 if the mode is ``"none"``).
+    :param out_sq_norm: Squared norm of ``out``, 0-d; written.
+    :param arrivals: See ``ema_update_``.
     """
-    _check_devices(ema, sq_norms, found_inf, scale, out, norms, weights, alpha_value)
+    given = [] if preference is None else [preference]
+    _check_devices(ema, sq_norms, found_inf, scale, out, norms, weights, alpha_value, out_sq_norm, arrivals, *given)
     T, P = ema.shape
     torch._check(out.shape == (P,), lambda: f"out must have shape ({P},), got {tuple(out.shape)}")
     _check_vectors(T, sq_norms=sq_norms, norms=norms, weights=weights)
+    if preference is not None:
+        _check_vectors(T, preference=preference)
+
+
+@_define("gram(Tensor ema, Tensor(a!) out, Tensor(b!) arrivals) -> ()")
+def _gram_fake(ema: Tensor, out: Tensor, arrivals: Tensor) -> None:
+    """Inner products of all pairs of rows: ``out = ema @ ema.T``, in :func:`compute_dtype` of ``ema``.
+
+    :param ema: Shape ``(T, P)``.
+    :param out: Shape ``(T, T)``, contiguous; written, symmetric bit for bit.
+    :param arrivals: See ``ema_update_``.
+    """
+    _check_devices(ema, out, arrivals)
+    T, _ = ema.shape
+    torch._check(out.shape == (T, T), lambda: f"out must have shape ({T}, {T}), got {tuple(out.shape)}")
 
 
 @_define(

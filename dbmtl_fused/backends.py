@@ -40,6 +40,7 @@ class Operators(NamedTuple):
 
     ema_update_: OpOverload
     combine: OpOverload
+    gram: OpOverload
     balance_: OpOverload
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,11 +14,15 @@ from torch import Tensor
 from dbmtl_fused import backends
 from dbmtl_fused._ops import STATE_DTYPES, compute_dtype
 from dbmtl_fused.capture import BucketCapture, Capture, GradCapture
+from dbmtl_fused.checkpoint import check_keys, check_shapes
 from dbmtl_fused.engine import backward_pass, balanced_loss
 from dbmtl_fused.functional import alpha_arguments, check_finite_float
-from dbmtl_fused.layout import FlatLayout, grad_dtype, named_shared_parameters
+from dbmtl_fused.guards import Guard
+from dbmtl_fused.layout import FlatLayout, named_shared_parameters
 from dbmtl_fused.losses import TaskLosses
 from dbmtl_fused.rows import EmaRows, Step, SumRows
+from dbmtl_fused.schedule import BetaSchedule
+from dbmtl_fused.tasks import Losses, check_active, preferences_of, task_names_of, tasks_of
 from dbmtl_fused.window import Window, check_accumulation_steps
 
 CPU_BUCKET_BYTES = 1 << 20
@@ -50,12 +53,17 @@ class DBMTL:
     :param beta_sigma: Decay of the EMA coefficient, >= 0.
     :param alpha: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` of the norms, a positive number, or None: no magnitude
         balancing (weights 1).
+    :param preference: How much each task counts, one number >= 0 per task or a dict by task name: a factor on its
+        weight after normalisation (a factor on the loss would cancel). A task with 0 takes no part in ``alpha`` and in
+        the sum. None: 1 for all.
     :param log_losses: Whether losses are balanced by their log. With ``alpha=None, beta=0`` only the log is left;
         without the log too it is equal weighting, the plain sum of losses: both take one backward pass.
     :param eps: Added to norms, > 0.
     :param log_eps: Added to losses under the log, > 0.
     :param state_dtype: dtype of the EMA: float32, float64, or bfloat16, which halves the buffer and is rounded
         stochastically (arithmetic stays in float32). None: float64 if any shared parameter is float64, else float32.
+    :param drop_ema_below: Free the buffer once ``β_k`` is below this: late in a training, each step's gradients speak
+        for themselves, as with ``beta=0``. None: never.
     :param bucket_bytes: None gathers gradients from ``.grad`` after each task's backward pass; ``n`` takes them on
         their way there, in buckets of at least ``n`` bytes, of which one is alive at a time. ``"auto"``: 1 MiB on
         CPUs, else None.
@@ -66,7 +74,11 @@ class DBMTL:
     :raises RuntimeError: If the requested backend cannot run here.
 
     Attributes after a step, as fresh device tensors (reading them is what waits for the device): ``norms`` ``(T,)``,
-    ``weights`` ``(T,)``, ``alpha_value`` 0-d. With ``beta=0, alpha=None`` norms are not measured and NaN.
+    ``weights`` ``(T,)``, ``alpha_value`` 0-d, and ``grad_norm``. With ``beta=0, alpha=None`` norms are not measured and
+    NaN. ``preference`` ``(T,)`` may be written to between steps.
+
+    .. note:: A task without a loss (None, or a key that is not there) keeps its row of the EMA as it is, has a weight
+        of 0 and does not count for ``alpha``. ``k`` goes on for all.
 
     .. note:: A non-finite gradient entry leaves its EMA entry as it was (a non-finite loss: its whole row), turns
         the whole shared ``.grad`` into NaN, so that a gradient scaler or a guard in your loop sees it, and does not
@@ -82,42 +94,45 @@ class DBMTL:
         beta: float = 0.9,
         beta_sigma: float = 0.5,
         alpha: str | float | None = "max",
+        preference: Sequence[float] | Mapping[str, float] | None = None,
         log_losses: bool = True,
         eps: float = 1e-8,
         log_eps: float = 1e-8,
         state_dtype: torch.dtype | None = None,
+        drop_ema_below: float | None = None,
         bucket_bytes: int | str | None = "auto",
         backend: str = "auto",
     ) -> None:
-        self.task_names = _task_names(num_tasks, task_names)
-        check_finite_float("beta", beta, low=0.0, below=1.0)
-        check_finite_float("beta_sigma", beta_sigma, low=0.0)
+        self.task_names = task_names_of(num_tasks, task_names)
+        self._schedule = BetaSchedule(beta, beta_sigma, drop_ema_below)
         check_finite_float("eps", eps, above=0.0)
         check_finite_float("log_eps", log_eps, above=0.0)
         self.beta, self.beta_sigma = beta, beta_sigma
         self.log_eps = log_eps if log_losses else None
         alpha_mode = alpha_arguments(alpha)
+        preferences = preferences_of(preference, self.task_names)
 
         named = named_shared_parameters(shared)
-        self._left_out = [(name, p) for name, p in named if not p.requires_grad]
+        left_out = [(name, p) for name, p in named if not p.requires_grad]
         named = [(name, p) for name, p in named if p.requires_grad]
         self.layout = FlatLayout(named)
         self._params = [named[i][1] for i in self.layout.order]
+        self._guard = Guard(self.layout, self._params, left_out)
         self._state_dtype = self._checked_state_dtype(state_dtype)
         self._bucket_bytes = self._checked_bucket_bytes(bucket_bytes)
         self.backend = backends.resolve(backend, self.layout.device)
 
-        ops = backends.operators(self.backend)
-        self._rows: EmaRows | SumRows | None
-        if beta > 0:
-            self._rows = EmaRows(self.num_tasks, self.layout, ops, alpha_mode, eps, self._state_dtype)
-        elif alpha is not None:
-            self._rows = SumRows(self.layout, ops, alpha_mode, eps, self._state_dtype)
-        else:
-            self._rows = None  # a plain sum: one ordinary backward pass
+        arguments = self.layout, backends.operators(self.backend), alpha_mode, eps, self._state_dtype
+        self._new_ema_rows = partial(EmaRows, self.num_tasks, *arguments)
+        self._new_sum_rows = partial(SumRows, self.num_tasks, *arguments)
+        self._is_plain_sum = alpha is None and preference is None  # without an EMA: one ordinary backward pass
+        self._rows: EmaRows | SumRows | None = self._new_ema_rows() if beta > 0 else self._rows_without_ema()
+        self.preference: Tensor | None = None
+        if preferences is not None:
+            dtype = compute_dtype(self._state_dtype)
+            self.preference = torch.tensor(preferences, dtype=dtype, device=self.layout.device)
         self._step = torch.zeros((), dtype=torch.int64, device=self.layout.device)
         self._all_shared_graphs = False
-        self._checked_ddp = False
         self.reset()
 
     @property
@@ -132,27 +147,74 @@ class DBMTL:
 
     @property
     def ema(self) -> dict[str, Tensor]:
-        """EMA of the task gradients by parameter name, as ``(T, *shape)`` views of the buffer; empty if ``beta=0``."""
+        """EMA of the task gradients by parameter name, as ``(T, *shape)`` views of the buffer; empty without one."""
         if not isinstance(self._rows, EmaRows):
             return {}
         return {slot.name: slot.view(self._rows.buffer) for slot in self.layout.slots}
 
-    def reset(self) -> None:
-        """Forget everything: EMA at 0, ``k`` at 0."""
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norm of the balanced shared gradient of the last step, 0-d: as ``clip_grad_norm_`` would find it in ``.grad``
+        if that was empty before, without another pass. Not in the units of a gradient scaler."""
+        return self.alpha_value.new_full((), torch.nan) if self._last is None else self._last.grad_norm()
+
+    @torch.no_grad()
+    def gram(self) -> Tensor:
+        """Inner products of the tasks' rows of the EMA, shape ``(T, T)``, in one pass over the buffer.
+
+        :raises RuntimeError: If there is no EMA.
+        """
+        rows = self._rows
+        if rows is None or isinstance(rows, SumRows):
+            raise RuntimeError("gram() compares the rows of the EMA, and there is none (beta=0, or dropped)")
+        with self._no_autocast():
+            return rows.gram()
+
+    def cosine_similarity(self) -> Tensor:
+        """Cosines of the angles between the tasks' rows of the EMA, shape ``(T, T)``; 0 where a row is zero.
+
+        :raises RuntimeError: If there is no EMA.
+        """
+        gram = self.gram()
+        norms = gram.diagonal().sqrt()
+        return (gram / (norms[:, None] * norms)).where(gram != 0, 0).clamp(-1, 1)
+
+    def log_dict(self, prefix: str = "dbmtl/") -> dict[str, Tensor]:
+        """What to watch, by name, for TensorBoard, W&B and the like: each task's norm and weight, alpha and the norm of
+        the balanced gradient; 0-d device tensors of the last step.
+        """
+        logged = {"alpha": self.alpha_value, "grad_norm": self.grad_norm}
+        for name, norm, weight in zip(self.task_names, self.norms.unbind(), self.weights.unbind(), strict=True):
+            logged |= {f"norm/{name}": norm, f"weight/{name}": weight}
+        return {prefix + name: value for name, value in logged.items()}
+
+    def reset(self, task: str | None = None) -> None:
+        """Forget everything: EMA at 0, ``k`` at 0. Or only the EMA of one task.
+
+        :param task: Its name; None: all.
+        :raises ValueError: If no task has this name.
+        :raises RuntimeError: If one task is to be reset in the middle of an accumulation window.
+        """
+        if task is not None:
+            self._reset_task(task)
+            return
         self._step.zero_()
-        if isinstance(self._rows, EmaRows):
-            self._rows.buffer.zero_()
+        self._schedule.restart()
+        if self.beta > 0:
+            self._ema_rows().clear()
         self._reached = [False] * len(self._params)  # by any task, ever
         self._failure: str | None = None
         self._window: Window | None = None
+        self._last: Step | None = None
         dtype, device = compute_dtype(self._state_dtype), self.layout.device
         unmeasured = torch.full((self.num_tasks,), torch.nan, dtype=dtype, device=device)
         self.norms, self.weights, self.alpha_value = unmeasured, unmeasured.clone(), unmeasured[0].clone()
 
     def backward(
         self,
-        losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
+        losses: Losses,
         *,
+        active: Tensor | None = None,
         accumulation_steps: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
         overwrite: bool = False,
@@ -163,6 +225,10 @@ class DBMTL:
         The graph of each task is freed as soon as no later task needs it.
 
         :param losses: One loss per task: a sequence in task order, a dict by task name, or a tensor of shape ``(T,)``.
+            None or a missing key: this task is not there this time.
+        :param active: Which tasks are there, shape ``(T,)``, bool, on the balancer's device, where it is read: for who
+            does not know on the host, and for captured graphs. The losses of the others are not looked at, and their
+            backward passes start from 0: their heads get zeros, unless 0 times the derivative of such a loss is NaN.
         :param accumulation_steps: ``M`` micro-batches make one step: ``g_t`` is the mean of their gradients of the log
             of the loss (do not divide the losses: that cancels in the log). Shared ``.grad`` is written when every task
             has had ``M``; no more memory is needed. Tasks may come one by one, as dicts of some of them, so that each
@@ -179,16 +245,21 @@ class DBMTL:
         """
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
-        self._check_usable()
-        tasks, task_losses = self._task_losses(losses, accumulation_steps)
+        self._prepare()
+        tasks, task_losses = self._task_losses(losses, active, accumulation_steps)
         scale = torch.ones_like(task_losses.values[0])
         if scaler is not None:
             scale = scaler.scale(scale)
         if self._rows is None:
-            self._plain_backward(tasks, task_losses, scale, overwrite, retain_graph, accumulation_steps)
+            self._plain_backward(tasks, task_losses, scale, active, overwrite, retain_graph, accumulation_steps)
         else:
             grads = self.balanced_grads(
-                task_losses, scale, tasks=tasks, accumulation_steps=accumulation_steps, retain_graph=retain_graph
+                task_losses,
+                scale,
+                tasks=tasks,
+                active=active,
+                accumulation_steps=accumulation_steps,
+                retain_graph=retain_graph,
             )
             self._accumulate(grads, overwrite)
 
@@ -196,7 +267,8 @@ class DBMTL:
         """End an accumulation window that stays short, as at the end of an epoch, and take its step.
 
         What did not come counts as zero: means are still over ``accumulation_steps``. Where the smaller number is known
-        before the window begins, give that instead. Without a window that has begun, nothing happens.
+        before the window begins, give that instead. A task that had nothing at all takes no part. Without a window that
+        has begun, nothing happens.
 
         :param overwrite: As in :meth:`backward`.
         :raises RuntimeError: If the balancer cannot be used, as in :meth:`backward`.
@@ -211,8 +283,9 @@ class DBMTL:
 
     def __call__(
         self,
-        losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
+        losses: Losses,
         *,
+        active: Tensor | None = None,
         accumulation_steps: int | None = None,
     ) -> Tensor:
         """A loss for loops that call ``loss.backward()`` themselves: ``Σ_t log(l_t + log_eps)``, 0-d.
@@ -221,17 +294,17 @@ class DBMTL:
         the loss scales them and the heads' gradients, not the EMA. Heads are reached by ``loss.backward()`` only, not
         by ``backward(inputs=...)`` or ``autograd.grad``. Under ``no_grad`` it is just the value.
 
-        :param losses, accumulation_steps: As in :meth:`backward`. The value is that of these losses alone; gradients
-            are divided by the number of micro-batches.
+        :param losses, active, accumulation_steps: As in :meth:`backward`. The value is that of these losses alone;
+            gradients are divided by the number of micro-batches.
         :raises RuntimeError: In backward: with ``create_graph=True``, and when run a second time.
         """
         if not torch.is_grad_enabled():
-            return TaskLosses(losses, self.task_names, self.log_eps, self.layout.device, need_graph=False).value()
-        self._check_usable()
-        tasks, task_losses = self._task_losses(losses, accumulation_steps)
+            return self._task_losses(losses, active, accumulation_steps, need_graph=False)[1].value()
+        self._prepare()
+        tasks, task_losses = self._task_losses(losses, active, accumulation_steps)
         if self._rows is None:
-            return self._plain_loss(tasks, task_losses, accumulation_steps)
-        grads = partial(self.balanced_grads, tasks=tasks, accumulation_steps=accumulation_steps)
+            return self._plain_loss(tasks, task_losses, active, accumulation_steps)
+        grads = partial(self.balanced_grads, tasks=tasks, active=active, accumulation_steps=accumulation_steps)
         return balanced_loss(grads, task_losses, self._params)
 
     @torch.no_grad()
@@ -241,6 +314,7 @@ class DBMTL:
         scale: Tensor,
         *,
         tasks: Sequence[int],
+        active: Tensor | None,
         accumulation_steps: int | None,
         retain_graph: bool,
         inputs: Sequence[Tensor] | None = None,
@@ -249,6 +323,7 @@ class DBMTL:
 
         :param scale: Factor on all gradients that come out, not on those that go into the EMA, 0-d.
         :param tasks: Whose losses they are.
+        :param active, accumulation_steps: As in :meth:`backward`.
         :param retain_graph: Keep the graphs.
         :param inputs: The only leaves to reach; None: all.
         :returns: The balanced gradient of each shared parameter, in the layout's order; None where none is to be
@@ -262,9 +337,9 @@ class DBMTL:
         self._task = tasks[0]
         try:
             if window.step is None:
-                window.step = Step(self._beta_k(), window.taken, self._step)
+                window.step = Step(self._beta_k(), window.taken, self._step, preference=self.preference, active=active)
                 rows.begin(window.step)
-            window.step.take(tasks, scale, losses.unusable())
+            window.step.take(tasks, scale, losses.unusable)
             seeds = losses.seeds(scale / window.size)
             with self._capture() as capture:
                 for task, root, seed, kept in zip(tasks, losses.roots, seeds, keep, strict=True):
@@ -291,35 +366,47 @@ class DBMTL:
         step, self._window = window.step, None
         try:
             with self._no_autocast():
-                for task in window.absent():
-                    rows.update(task, range(len(self._params)), [None] * len(self._params), accumulate=False)
-                    rows.end_task(task)
+                step.leave_out(window.absent())
                 flats = rows.finish()
         except BaseException as error:
             self._failure = f"the balancing of its last step failed ({type(error).__name__}: {error})"
             raise
         self._step += step.found_inf == 0
         self.norms, self.weights, self.alpha_value = step.norms, step.weights, step.alpha_value
+        self._last = step
         return self._views(flats)
 
     def _task_losses(
-        self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor, accumulation_steps: int | None
+        self, losses: Losses, active: Tensor | None, accumulation_steps: int | None, need_graph: bool = True
     ) -> tuple[list[int], TaskLosses]:
         """The tasks that ``losses`` are of, and the losses, checked against the window they fall into."""
         if accumulation_steps is not None:
-            check_accumulation_steps(accumulation_steps)
-            if isinstance(self._rows, SumRows) and accumulation_steps > 1:
-                raise ValueError(
-                    f"accumulation_steps must be 1 with beta=0, got {accumulation_steps}: without an EMA there is no "
-                    "buffer in which each task's gradients could be added up"
-                )
-        names: Sequence[str] = self.task_names
-        if accumulation_steps is not None and isinstance(losses, Mapping):
-            names = [name for name in self.task_names if name in losses] or self.task_names
-        tasks = [self.task_names.index(name) for name in names]
-        if self._window is not None:
+            self._check_accumulation(accumulation_steps, active)
+        if active is not None:
+            check_active(active, self.num_tasks, self.layout.device)
+        tasks, present = tasks_of(losses, self.task_names)
+        if self._window is not None and need_graph:
             self._window.check(tasks, accumulation_steps)
-        return tasks, TaskLosses(losses, names, self.log_eps, self.layout.device)
+        names = [self.task_names[task] for task in tasks]
+        if active is not None and len(tasks) < self.num_tasks:
+            active = torch.stack([active[task] for task in tasks])
+        device = self.layout.device
+        return tasks, TaskLosses(present, names, self.log_eps, device, active=active, need_graph=need_graph)
+
+    def _check_accumulation(self, accumulation_steps: int, active: Tensor | None) -> None:
+        check_accumulation_steps(accumulation_steps)
+        if active is not None:
+            raise ValueError(
+                "active must be None with accumulation_steps: within a window, give the losses of the tasks that are "
+                "there"
+            )
+        lacks_buffer = isinstance(self._rows, SumRows) or (self._schedule.ends and not self._is_plain_sum)
+        if accumulation_steps > 1 and lacks_buffer:
+            option = "drop_ema_below" if self._schedule.ends else "beta=0"
+            raise ValueError(
+                f"accumulation_steps must be 1 with {option}, got {accumulation_steps}: without an EMA there is no "
+                "buffer in which each task's gradients could be added up"
+            )
 
     def _open_window(self, tasks: Sequence[int], accumulation_steps: int | None) -> Window:
         """The window that has begun, or a new one."""
@@ -328,11 +415,35 @@ class DBMTL:
         self._window.check(tasks, accumulation_steps)
         return self._window
 
+    def _prepare(self) -> None:
+        """Before the losses of a call are looked at: raise if they could not be balanced, and let go of an EMA whose
+        time is over."""
+        self._check_usable()
+        if self._window is None and isinstance(self._rows, EmaRows) and self._schedule.is_over(self._step):
+            self._rows = self._rows_without_ema()
+
+    def _rows_without_ema(self) -> SumRows | None:
+        return None if self._is_plain_sum else self._new_sum_rows()
+
+    def _ema_rows(self) -> EmaRows:
+        """The buffer; a new one if it has been dropped."""
+        if not isinstance(self._rows, EmaRows):
+            self._rows = self._new_ema_rows()
+        return self._rows
+
+    def _reset_task(self, task: str) -> None:
+        if task not in self.task_names:
+            raise ValueError(f"task must be one of {self.task_names}, got {task!r}")
+        if self._window is not None:
+            raise RuntimeError("one task cannot be reset in the middle of an accumulation window; flush() it first")
+        if isinstance(self._rows, EmaRows):
+            self._rows.clear(self.task_names.index(task))
+
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to continue bit for bit, by parameter name and in logical order.
 
         ``{"ema": {name: (T, *shape)}, "step": int64, "reached": [name, ...], "task_names": [name, ...]}``. As in an
-        optimizer's state, ``ema`` holds views of the live buffer.
+        optimizer's state, ``ema`` holds views of the live buffer. It is empty without a buffer.
 
         :raises RuntimeError: In the middle of an accumulation window.
         """
@@ -356,19 +467,19 @@ class DBMTL:
         :raises ValueError: If it is of other tasks or parameters; the message names what differs, and nothing has
             changed.
         """
-        missing = [key for key in ("ema", "step", "reached", "task_names") if key not in state_dict]
-        if missing:
-            raise ValueError(f"state_dict must have the keys ema, step, reached, task_names; missing {missing}")
-        if list(state_dict["task_names"]) != self.task_names:
-            raise ValueError(
-                f"state_dict is of the tasks {list(state_dict['task_names'])}, the balancer of {self.task_names}"
-            )
-        ema, loaded = self.ema, state_dict["ema"]
-        if differences := _differences(ema, loaded):
-            raise ValueError("state_dict does not fit the shared parameters: " + "; ".join(differences))
-        for name, view in ema.items():
-            view.copy_(loaded[name])
-        self._step.copy_(torch.as_tensor(state_dict["step"]))
+        check_keys(state_dict, self.task_names)
+        loaded, step = state_dict["ema"], torch.as_tensor(state_dict["step"])
+        has_ema = self.beta > 0 and not (not loaded and self._schedule.has_ended(int(step)))
+        check_shapes(loaded, self.num_tasks, self.layout.slots if has_ema else [])
+        if has_ema:
+            rows = self._ema_rows()
+            for name, view in self.ema.items():
+                view.copy_(loaded[name])
+            rows.measure()
+        else:
+            self._rows = self._rows_without_ema()
+        self._step.copy_(step)
+        self._schedule.restart(int(step))
         reached = set(state_dict["reached"])
         self._reached = [slot.name in reached for slot in self.layout.slots]
         self._failure = self._window = None
@@ -405,42 +516,12 @@ class DBMTL:
                 f"the balancer's state is incomplete: {self._failure}; call reset() or load_state_dict() before the "
                 "next step"
             )
-        for slot, p in zip(self.layout.slots, self._params, strict=True):
-            if p._post_accumulate_grad_hooks:
-                raise RuntimeError(
-                    f"shared parameter {slot.name!r} has a post-accumulate-grad hook (an optimizer in the backward "
-                    "pass?), which would see the gradients of single tasks; remove it"
-                )
-            now, built = (p.device, grad_dtype(p), p.shape), (self.layout.device, slot.dtype, slot.shape)
-            if now != built:
-                raise RuntimeError(
-                    f"the balancer is stale: shared parameter {slot.name!r} was {_describe(*built)} when it was built "
-                    f"and is {_describe(*now)} now; build it after moving or converting the model"
-                )
-        for name, p in self._left_out:
-            if p.requires_grad:
-                raise RuntimeError(
-                    f"the balancer is stale: shared parameter {name!r} was frozen when it was built and requires grad "
-                    "now; build it anew, or unfreeze before building"
-                )
-        if not self._checked_ddp and torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._check_no_ddp()
-            self._checked_ddp = True
-
-    def _check_no_ddp(self) -> None:
-        mine = {id(p) for p in self._params}
-        for module in gc.get_objects():
-            # type(), since isinstance() asks every object for its __class__ and some answer with a warning
-            if issubclass(type(module), torch.nn.parallel.DistributedDataParallel):
-                for name, p in module.module.named_parameters():
-                    if id(p) in mine:
-                        raise RuntimeError(
-                            f"shared parameter {name!r} belongs to a DistributedDataParallel module: several backward "
-                            "passes over one DDP forward desynchronise the ranks; use the module without DDP"
-                        )
+        self._guard.check()
 
     def _beta_k(self) -> Tensor:
-        return (self.beta / (self._step + 1).double().pow(self.beta_sigma)).to(compute_dtype(self._state_dtype))
+        if not isinstance(self._rows, EmaRows):
+            return torch.zeros((), dtype=compute_dtype(self._state_dtype), device=self.layout.device)
+        return self._schedule.beta_k(self._step, compute_dtype(self._state_dtype))
 
     def _shared_graphs(self, losses: TaskLosses) -> list[bool]:
         """Which tasks' graphs must outlive their backward pass.
@@ -507,6 +588,7 @@ class DBMTL:
         tasks: Sequence[int],
         losses: TaskLosses,
         scale: Tensor,
+        active: Tensor | None,
         overwrite: bool,
         retain_graph: bool,
         accumulation_steps: int | None,
@@ -517,57 +599,35 @@ class DBMTL:
             for p in self._params:
                 p.grad = None
         backward_pass(losses.roots, losses.seeds(scale / window.size), retain_graph=retain_graph)
-        self._count_plain(tasks)
+        self._count_plain(tasks, active)
 
-    def _plain_loss(self, tasks: Sequence[int], losses: TaskLosses, accumulation_steps: int | None) -> Tensor:
+    def _plain_loss(
+        self, tasks: Sequence[int], losses: TaskLosses, active: Tensor | None, accumulation_steps: int | None
+    ) -> Tensor:
         """The same as a loss."""
 
         def on_backward(grad: Tensor) -> Tensor:
             window = self._open_window(tasks, accumulation_steps)
-            self._count_plain(tasks)
+            self._count_plain(tasks, active)
             return grad / window.size
 
         value = losses.differentiable_value()
         value.register_hook(on_backward)
         return value
 
-    def _count_plain(self, tasks: Sequence[int]) -> None:
+    def _count_plain(self, tasks: Sequence[int], active: Tensor | None) -> None:
         assert self._window is not None
         for task in tasks:
             self._window.taken[task] += 1
         if self._window.is_complete():
-            self._end_plain_step()
+            self._end_plain_step(active)
 
-    def _end_plain_step(self) -> None:
+    def _end_plain_step(self, active: Tensor | None = None) -> None:
+        assert self._window is not None
+        self.weights = torch.ones_like(self.weights)
+        if active is not None:
+            self.weights *= active
+        for task in self._window.absent():
+            self.weights[task] = 0
         self._window = None
         self._step += 1
-        self.weights = torch.ones_like(self.weights)
-
-
-def _task_names(num_tasks: int | None, task_names: Sequence[str] | None) -> list[str]:
-    if task_names is None:
-        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
-            raise ValueError(f"num_tasks must be a positive integer (or give task_names), got {num_tasks!r}")
-        return [str(task) for task in range(num_tasks)]
-    names = list(task_names)
-    if isinstance(task_names, str) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"task_names must be a non-empty sequence of strings, got {task_names!r}")
-    if len(set(names)) != len(names):
-        raise ValueError(f"task_names must be unique, got {names}")
-    if num_tasks is not None and num_tasks != len(names):
-        raise ValueError(f"num_tasks must be the number of task_names, {len(names)}, or be left out, got {num_tasks}")
-    return names
-
-
-def _describe(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:
-    return f"{tuple(shape)} {dtype} on {device}"
-
-
-def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """What keeps ``found`` from being loaded where ``expected`` is, in words."""
-    differences = [f"missing {name!r}" for name in expected if name not in found]
-    differences += [f"unexpected {name!r}" for name in found if name not in expected]
-    for name in expected:
-        if name in found and found[name].shape != expected[name].shape:
-            differences.append(f"{name!r} has shape {tuple(found[name].shape)}, not {tuple(expected[name].shape)}")
-    return differences

@@ -132,7 +132,8 @@ def _streaming(
                 layout.slots[last].view(flat_grads[task]).add_(grad)
             rows.end_task(task)
         (out,) = rows.finish()
-        expected, error = _compare(expected, flat_grads, rows.buffer, step.norms, step.weights, out)
+        diagnostics = step.grad_norm(), rows.gram()
+        expected, error = _compare(expected, flat_grads, rows.buffer, step.norms, step.weights, out, *diagnostics)
         errors.append(error)
     return max(errors)
 
@@ -142,14 +143,23 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ra
 
 
 def _compare(
-    expected: Any, grads: Tensor, ema: Tensor, norms: Tensor, weights: Tensor, out: Tensor
+    expected: Any,
+    grads: Tensor,
+    ema: Tensor,
+    norms: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    grad_norm: Tensor | None = None,
+    gram: Tensor | None = None,
 ) -> tuple[Any, float]:
     """The oracle's EMA after a step, and the largest error of what a backend made of the same gradients."""
     from dbmtl_fused import oracle
 
     updated = oracle.ema_update(oracle.real(0 if expected is None else expected), _array(grads), BETA).ema
     balanced = oracle.combine(updated, oracle.row_norms(updated), eps=EPS)
-    pairs = ((ema, updated), (norms, balanced.norms), (weights, balanced.weights), (out, balanced.out))
+    pairs = [(ema, updated), (norms, balanced.norms), (weights, balanced.weights), (out, balanced.out)]
+    if grad_norm is not None and gram is not None:
+        pairs += [(grad_norm, balanced.out_sq_norm**0.5), (gram, oracle.gram(updated))]
     errors = []
     for found, exact in pairs:
         distance = abs(_array(found) - exact).max()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -12,30 +13,34 @@ from torch.autograd.graph import GradientEdge, Node
 
 
 class TaskLosses:
-    """The losses of one step, task by task.
+    """The losses of one call, task by task.
 
-    :param losses: A sequence in task order, a mapping by task name, or a tensor of shape ``(T,)``.
-    :param task_names: The ``T`` task names.
+    :param losses: A list in the order of ``task_names``, or a tensor of shape ``(T,)``.
+    :param task_names: The names of their ``T`` tasks.
     :param log_eps: ``eps`` of ``log(l + eps)``, or None if the loss itself is balanced.
     :param device: Where ``values`` and seeds are computed.
+    :param active: Which of them count, shape ``(T,)``, bool, on ``device``; None: all.
     :param need_graph: Whether backward passes will follow; if not, losses need not require grad.
-    :raises TypeError: If ``losses`` is none of these or holds something else than floating-point tensors.
-    :raises ValueError: If the number of losses, a name or a shape does not fit, a loss does not require grad, or (on
-        CPUs, where looking costs nothing) a loss to be logged is negative.
+    :raises TypeError: If ``losses`` holds something else than floating-point tensors.
+    :raises ValueError: If a shape does not fit, a loss does not require grad, or (on CPUs, where looking costs nothing)
+        a loss to be logged is negative.
 
-    ``values``: detached losses, shape ``(T,)``, float32, or float64 if any loss is.
+    ``values``: detached losses, shape ``(T,)``, float32, or float64 if any loss is; 1 where they do not count.
     """
 
     def __init__(
         self,
-        losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
+        losses: list[Tensor] | Tensor,
         task_names: Sequence[str],
         log_eps: float | None,
         device: torch.device,
+        *,
+        active: Tensor | None = None,
         need_graph: bool = True,
     ) -> None:
         self.task_names = task_names
         self.log_eps = log_eps
+        self._active = active
         self._need_graph = need_graph
         self._stacked: Tensor | None = None  # a (T,) tensor that could not be peeled into its parts
         self._tensors: list[Tensor] = []  # the losses, or what stands for them in ``differentiable_value``
@@ -43,10 +48,10 @@ class TaskLosses:
         if isinstance(losses, Tensor):
             self._from_tensor(losses)
         else:
-            self._from_tensors(_in_task_order(losses, task_names))
+            self._from_tensors(losses)
         dtype = torch.float64 if any(l.dtype == torch.float64 for l in self._tensors) else torch.float32
         detached = [l.detach().reshape(-1).to(device, dtype) for l in self._tensors]
-        self.values = torch.cat(detached)
+        self.values = self._counting(torch.cat(detached), 1)
         if log_eps is not None and device.type == "cpu":
             self._check_not_negative()
 
@@ -100,24 +105,32 @@ class TaskLosses:
                     "shift it, or use log_losses=False"
                 )
 
+    def _counting(self, per_task: Tensor, otherwise: float) -> Tensor:
+        """``per_task``, and something else where a task does not count."""
+        return per_task if self._active is None else per_task.where(self._active, otherwise)
+
     def value(self) -> Tensor:
         """The objective, detached: ``sum_t log(l_t + eps)``, or ``sum_t l_t`` without the log; 0-d."""
-        return (self.values if self.log_eps is None else (self.values + self.log_eps).log()).sum()
+        return self._objective(self.values)
 
     def differentiable_value(self) -> Tensor:
         """The same as a differentiable function of the losses."""
         losses = torch.cat([l.reshape(-1).to(self.values) for l in self._tensors])
-        return (losses if self.log_eps is None else (losses + self.log_eps).log()).sum()
+        return self._objective(self._counting(losses, 1))  # 1: nothing that its derivative could make a NaN of
+
+    def _objective(self, losses: Tensor) -> Tensor:
+        return self._counting(losses if self.log_eps is None else (losses + self.log_eps).log(), 0).sum()
 
     def seeds(self, scale: Tensor) -> list[Tensor]:
-        """What each root's backward starts from: ``scale * d log(l_t + eps) / d l_t``, NaN where the loss is unusable.
+        """What each root's backward starts from: ``scale * d log(l_t + eps) / d l_t``, NaN where the loss is unusable,
+        0 where it does not count.
 
         Bit for bit what autograd would compute through the log, ``scale / (l_t + eps)``, in at least float32.
         """
         derivative = scale.to(self.values).expand_as(self.values)
         if self.log_eps is not None:
             derivative = derivative / (self.values + self.log_eps)
-        seeds = torch.where(self.unusable(), torch.nan, derivative)
+        seeds = self._counting(torch.where(self.unusable, torch.nan, derivative), 0)
         if self._stacked is not None:
             return list(torch.diag(seeds).to(self._stacked))
         return [
@@ -125,6 +138,7 @@ class TaskLosses:
             for seed, root in zip(seeds, self.roots, strict=True)
         ]
 
+    @cached_property
     def unusable(self) -> Tensor:
         """Which losses carry no gradient information: not finite, or negative under the log; shape ``(T,)``, bool."""
         unusable = ~self.values.isfinite()
@@ -147,23 +161,6 @@ class TaskLosses:
                     pending.extend(after for after, _ in node.next_functions if after and after.next_functions)
             seen |= own
         return shared
-
-
-def _in_task_order(losses: Sequence[Tensor] | Mapping[str, Tensor], task_names: Sequence[str]) -> list[Tensor]:
-    if isinstance(losses, Mapping):
-        missing = [name for name in task_names if name not in losses]
-        unknown = [name for name in losses if name not in task_names]
-        if missing or unknown:
-            raise ValueError(f"losses must have the keys {list(task_names)}; missing {missing}, unknown {unknown}")
-        return [losses[name] for name in task_names]
-    if not isinstance(losses, Iterable):
-        raise TypeError(f"losses must be a sequence, a mapping or a tensor, got {type(losses).__name__}")
-    ordered = list(cast(Iterable[Tensor], losses))
-    if len(ordered) != len(task_names):
-        raise ValueError(
-            f"losses must hold one loss per task, {len(task_names)} ({', '.join(task_names)}), got {len(ordered)}"
-        )
-    return ordered
 
 
 def _node(root: Tensor | GradientEdge) -> Node:

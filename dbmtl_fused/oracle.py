@@ -30,6 +30,7 @@ class Balanced(NamedTuple):
     alpha: Any  # 0-d
     weights: Array  # (T,)
     out: Array  # (P,)
+    out_sq_norm: Any  # 0-d
 
 
 def real(values: Any) -> Array:
@@ -49,7 +50,7 @@ def ema_update(
     ema, beta, inv_scale = real(ema), real(beta), real(inv_scale)
     with np.errstate(invalid="ignore", over="ignore"):
         updated = ema if accumulate else beta * ema
-        if grads is not None:
+        if grads is not None and beta != 1:
             stored = _saturate(real(grads), largest)
             updated = updated + (1 - beta) * _saturate(stored * inv_scale, largest)
         finite = np.isfinite(_saturate(updated, largest))
@@ -66,17 +67,21 @@ def row_norms(ema: Array) -> Array:
 
 
 def alpha_of(norms: Array, alpha: str, constant: float = 1.0) -> Any:
-    """The magnitude every row is scaled to."""
+    """The magnitude that rows with these norms are scaled to; 0 if there are none."""
+    if alpha == "min":
+        norms = norms[norms != 0]
     match alpha:
+        case "constant":
+            return REAL(constant)
+        case "none":
+            return REAL(1)
+        case _ if len(norms) == 0:
+            return REAL(0)
         case "max" | "min" | "mean":
             return getattr(norms, alpha)()
         case "median":  # np.median would go through float64
             ordered, T = np.sort(norms), len(norms)
             return ordered[T // 2] if T % 2 else (ordered[T // 2 - 1] + ordered[T // 2]) / 2
-        case "constant":
-            return REAL(constant)
-        case "none":
-            return REAL(1)
     raise AssertionError(alpha)
 
 
@@ -87,18 +92,29 @@ def combine(
     constant: float = 1.0,
     eps: float = 1e-8,
     *,
+    preference: Array | None = None,
     scale: Any = 1.0,
     found_inf: bool = False,
     base: Array | float = 0.0,
 ) -> Balanced:
-    """Weights from the row norms, and the weighted sum of the rows times ``scale``, added to ``base``."""
+    """Weights from the row norms, and the weighted sum of the rows times ``scale``, added to ``base``.
+
+    :param preference: Of the tasks, shape ``(T,)``; one with 0 takes no part.
+    """
     norms = real(norms)
-    value = alpha_of(norms, alpha, constant)
-    weights = np.ones_like(norms) if alpha == "none" else value / (norms + REAL(eps))
+    preference = np.ones_like(norms) if preference is None else real(preference)
+    value = alpha_of(norms[preference != 0], alpha, constant)
+    weights = preference * (np.ones_like(norms) if alpha == "none" else value / (norms + REAL(eps)))
     if found_inf:
         weights = np.full_like(norms, np.nan)
     out = real(base) + real(scale) * (weights[:, None] * real(ema)).sum(axis=0)
-    return Balanced(norms, value, weights, out)
+    return Balanced(norms, value, weights, out, np.square(out).sum())
+
+
+def gram(ema: Array) -> Array:
+    """Inner products of all pairs of rows."""
+    rows = real(ema)
+    return np.stack([(row * rows).sum(axis=1) for row in rows])
 
 
 def balance(

@@ -39,18 +39,22 @@ def _ema_(
     if not accumulate:
         updated *= beta
     if grad is not None:
-        updated += (1 - beta) * (grad.to(updated.dtype) * inv_scale)
+        added = updated + (1 - beta) * (grad.to(updated.dtype) * inv_scale)
+        updated = added.where(beta != 1, updated)
     stored = updated if random is None else round_to_bfloat16(updated, random)
     finite = updated.isfinite() & stored.isfinite()  # a random step up may overflow
     found_inf.logical_or_(~finite.all())
     row.copy_(torch.where(finite, stored, row))
 
 
-def _chunk_sq_norms(columns: Tensor) -> Tensor:
-    """Sums of squares of chunks of the last dimension, shape ``(..., ceil(P / CHUNK))``."""
-    columns = columns.to(compute_dtype(columns.dtype))
+def _chunk_sums(columns: Tensor) -> Tensor:
+    """Sums of chunks of the last dimension, shape ``(..., ceil(P / CHUNK))``."""
     padding = -columns.shape[-1] % CHUNK
-    return torch.nn.functional.pad(columns, (0, padding)).unflatten(-1, (-1, CHUNK)).square().sum(-1)
+    return torch.nn.functional.pad(columns, (0, padding)).unflatten(-1, (-1, CHUNK)).sum(-1)
+
+
+def _chunk_sq_norms(columns: Tensor) -> Tensor:
+    return _chunk_sums(columns.to(compute_dtype(columns.dtype)).square())
 
 
 def ema_update_(
@@ -77,28 +81,36 @@ def ema_update_(
     sq_norm.copy_(partials.sum())
 
 
-def _alpha(norms: Tensor, mode: str, constant: float) -> Tensor:
+def _alpha(norms: Tensor, preference: Tensor | None, mode: str, constant: float) -> Tensor:
+    if mode in ("constant", "none"):
+        return torch.full_like(norms[0], constant if mode == "constant" else 1)
+    counts = torch.ones_like(norms, dtype=torch.bool) if preference is None else preference != 0
+    if mode == "min":
+        counts = counts & (norms != 0)
+    number = counts.sum()
     match mode:
         case "max":
-            return norms.amax()
+            value = norms.where(counts, -torch.inf).amax()
         case "min":
-            return norms.amin()
+            value = norms.where(counts, torch.inf).amin()
         case "mean":
-            return norms.mean()
-        case "median":  # of an even number: the mean of the middle two
-            ordered, T = norms.sort().values, norms.numel()
-            return (ordered[(T - 1) // 2] + ordered[T // 2]) / 2
-        case "constant":
-            return torch.full_like(norms[0], constant)
-        case "none":
-            return torch.ones_like(norms[0])
+            value = norms.where(counts, 0).sum() / number
+        case (
+            "median"
+        ):  # of an even number: the mean of the middle two; those that do not count are put behind all others
+            by_norm = norms.argsort(stable=True)
+            ordered = norms[by_norm[(~counts[by_norm]).to(torch.int8).argsort(stable=True)]]
+            middle = torch.stack([number - 1, number]).clamp(min=0) // 2
+            value = ordered.gather(0, middle).sum() / 2
         case _:
             raise ValueError(f"unknown alpha mode {mode!r}")
+    return value.where(number > 0, 0)
 
 
 def combine(
     ema: Tensor,
     sq_norms: Tensor,
+    preference: Tensor | None,
     found_inf: Tensor,
     scale: Tensor,
     alpha: str,
@@ -109,15 +121,28 @@ def combine(
     norms: Tensor,
     weights: Tensor,
     alpha_value: Tensor,
+    out_sq_norm: Tensor,
+    arrivals: Tensor,
 ) -> None:
     norms.copy_(sq_norms.sqrt())
-    alpha_value.copy_(_alpha(norms, alpha, alpha_constant))
+    alpha_value.copy_(_alpha(norms, preference, alpha, alpha_constant))
     balanced = torch.ones_like(norms) if alpha == "none" else alpha_value / (norms + eps)
+    if preference is not None:
+        balanced = preference * balanced
     weights.copy_(balanced.masked_fill(found_inf != 0, torch.nan))
     total = out.to(weights.dtype) if accumulate else torch.zeros_like(out, dtype=weights.dtype)
     for weight, row in zip(scale * weights, ema, strict=True):
         total = total + weight * row.to(weights.dtype)
     out.copy_(total)
+    out_sq_norm.copy_(_chunk_sq_norms(total).sum())
+
+
+def gram(ema: Tensor, out: Tensor, arrivals: Tensor) -> None:
+    rows = ema.to(out.dtype)
+    for t, row in enumerate(rows):  # as matrix products do not: in full precision everywhere, and no bit depends on T
+        products = torch.stack([_chunk_sums(row * other).sum() for other in rows[t:]])
+        out[t, t:] = products
+        out[t:, t] = products
 
 
 def balance_(
@@ -139,10 +164,9 @@ def balance_(
         random = random_bits(seed + rows[:, None], columns)
     _ema_(ema, grads, beta, one, found_inf, False, random)
     sq_norms = _chunk_sq_norms(ema).sum(-1)
-    combine(
-        ema, sq_norms, found_inf, one, alpha, alpha_constant, eps, False, out, norms, weights, torch.empty_like(one)
-    )
+    unused = (torch.empty_like(one) for _ in range(3))
+    combine(ema, sq_norms, None, found_inf, one, alpha, alpha_constant, eps, False, out, norms, weights, *unused)
 
 
-for _implementation in (ema_update_, combine, balance_):
+for _implementation in (ema_update_, combine, gram, balance_):
     _library.impl(f"{_implementation.__name__}.reference", _implementation, "CompositeExplicitAutograd")

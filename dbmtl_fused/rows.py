@@ -19,26 +19,40 @@ from dbmtl_fused.layout import FlatLayout
 class Step:
     """The small tensors of one step, fresh each step, so that what users keep stays what it was.
 
-    ``norms``, ``weights`` ``(T,)``, ``alpha_value`` 0-d: results. ``sq_norms`` ``(T,)``, ``found_inf``, ``scale``,
-    ``inv_scale`` 0-d: see ``_ops``. ``betas``, ``row_sq_norms``: the 0-d coefficient and squared norm of each row.
+    ``norms``, ``weights`` ``(T,)``, ``alpha_value`` 0-d, ``out_sq_norms`` (one for each flat gradient): results.
+    ``found_inf``, ``scale``, ``inv_scale`` 0-d, ``preference`` ``(T,)`` or None: see ``_ops``. ``betas``: the 0-d
+    coefficient of each row.
 
     A step takes its gradients in one call of :meth:`take` or in several, of which each task's first decays its row and
-    the others add to it.
+    the others add to it. A task that has nothing to give, or is not active, keeps its row and takes no part.
 
     :param beta: EMA coefficient, 0-d, of the dtype that is computed in.
     :param taken: How many gradients each task has had; the caller counts, here it is read.
     :param number: ``k``, 0-d int64: rows of bfloat16 draw the random bits of their rounding from it.
+    :param preference: Of the tasks, shape ``(T,)``; None: 1 for all.
+    :param active: Which tasks take part, shape ``(T,)``, bool; None: all that give something.
     """
 
-    def __init__(self, beta: Tensor, taken: Sequence[int], number: Tensor) -> None:
+    def __init__(
+        self,
+        beta: Tensor,
+        taken: Sequence[int],
+        number: Tensor,
+        *,
+        preference: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> None:
         T = len(taken)
-        self._beta, self.taken = beta, taken
+        self._beta, self.taken, self.active = beta, taken, active
         self.betas: list[Tensor] = [beta] * T
         self.found_inf = torch.zeros((), dtype=torch.float32, device=beta.device)
-        self.sq_norms, self.norms, self.weights = (beta.new_empty(T) for _ in range(3))
-        self.row_sq_norms = self.sq_norms.unbind()
+        self.norms, self.weights = (beta.new_empty(T) for _ in range(2))
         self.alpha_value = torch.empty_like(beta)
+        self.out_sq_norms: list[Tensor] = []
+        self.preference = preference
         self._number = number
+        if active is not None:
+            self.preference = (torch.ones_like(self.norms) if preference is None else preference).where(active, 0)
 
     def take(self, tasks: Sequence[int], scale: Tensor, unusable: Tensor) -> None:
         """Begin to take gradients of ``tasks``.
@@ -47,17 +61,33 @@ class Step:
         :param unusable: Those of ``tasks`` whose loss carries no information, shape ``(len(tasks),)``, bool. Their rows
             stay as they are (a coefficient of 1), and the step counts as non-finite.
         """
-        for task, beta in zip(tasks, torch.where(unusable, 1, self._beta).unbind(), strict=True):
+        betas = torch.where(unusable, 1, self._beta).unbind()
+        if self.active is not None:
+            active = self.active.unbind()
+            betas = tuple(beta.where(active[task], 1) for task, beta in zip(tasks, betas, strict=True))
+        for task, beta in zip(tasks, betas, strict=True):
             if self.taken[task] == 0:
                 self.betas[task] = beta
         self.found_inf = self.found_inf.maximum(unusable.any())
         self.scale = scale.to(self._beta.dtype)
         self.inv_scale = self.scale.reciprocal()
 
+    def leave_out(self, tasks: Sequence[int]) -> None:
+        """``tasks`` have had nothing."""
+        if tasks:
+            self.preference = torch.ones_like(self.norms) if self.preference is None else self.preference.clone()
+        for task in tasks:
+            assert self.preference is not None
+            self.preference[task] = 0
+
     def seeds(self) -> tuple[Tensor, ...]:
         """Of the rounding of each row: no two alike, over all steps."""
         T = len(self.betas)
         return (self._number * T + torch.arange(T, device=self._number.device)).unbind()
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the balanced gradient, not scaled, 0-d."""
+        return torch.stack(self.out_sq_norms).sum().sqrt() / self.scale
 
 
 class FlatGrads:
@@ -92,16 +122,21 @@ _SOLE_HOLDER = _holders(torch.empty(1))
 
 
 class _Rows:
-    """What both kinds share: the operators' constant arguments and the per-row workspace."""
+    """What both kinds share: the operators' constant arguments and the per-row workspace.
+
+    ``sq_norms``: squared norm of each row, shape ``(T,)``.
+    """
 
     def __init__(
-        self, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
+        self, T: int, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
     ) -> None:
         self._layout, self._ops, self._alpha, self._eps = layout, ops, alpha, eps
-        self._dtype = state_dtype
+        self._dtype, self._compute_dtype = state_dtype, compute_dtype(state_dtype)
         self._flat_grads = FlatGrads(layout.device)
-        self._partials = self._zeros(layout.num_chunks, dtype=compute_dtype(state_dtype))
+        self._partials = self._zeros(layout.num_chunks, dtype=self._compute_dtype)
         self._arrivals = self._zeros(dtype=torch.int32)
+        self.sq_norms = self._zeros(T, dtype=self._compute_dtype)
+        self._row_sq_norms = self.sq_norms.unbind()
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._layout.device)
@@ -127,19 +162,27 @@ class _Rows:
             step.inv_scale,
             self._seeds[task],
             self._partials,
-            step.row_sq_norms[task],
+            self._row_sq_norms[task],
             step.found_inf,
             self._arrivals,
             accumulate,
         )
 
     def _combine(
-        self, rows: Tensor, out: Tensor, tasks: slice, alpha: tuple[str, float], scale: Tensor, accumulate: bool = False
+        self,
+        rows: Tensor,
+        out: Tensor,
+        tasks: slice,
+        alpha: tuple[str, float],
+        scale: Tensor,
+        out_sq_norm: Tensor,
+        accumulate: bool = False,
     ) -> None:
         step = self._step
         self._ops.combine(
             rows,
-            step.sq_norms[tasks],
+            self.sq_norms[tasks],
+            None if step.preference is None else step.preference[tasks],
             step.found_inf,
             scale,
             *alpha,
@@ -149,6 +192,8 @@ class _Rows:
             step.norms[tasks],
             step.weights[tasks],
             step.alpha_value,
+            out_sq_norm,
+            self._arrivals,
         )
 
 
@@ -161,24 +206,49 @@ class EmaRows(_Rows):
     def __init__(
         self, T: int, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
     ) -> None:
-        super().__init__(layout, ops, alpha, eps, state_dtype)
+        super().__init__(T, layout, ops, alpha, eps, state_dtype)
         self.buffer = self._zeros(T, layout.P, dtype=state_dtype)
         self._rows = self.buffer.unbind()
 
     def _row(self, task: int) -> Tensor:
         return self._rows[task]
 
+    def clear(self, task: int | None = None) -> None:
+        """Back to zero: one row, or all."""
+        rows = slice(None) if task is None else task
+        self.buffer[rows] = 0
+        self.sq_norms[rows] = 0
+
+    def measure(self) -> None:
+        """Bring ``sq_norms`` up to date after the buffer was written to: a step that leaves every row as it is."""
+        T, slots = len(self._rows), range(len(self._layout.slots))
+        one = torch.ones((), dtype=self._compute_dtype, device=self._layout.device)
+        step = Step(one, [0] * T, torch.zeros_like(one, dtype=torch.int64))
+        step.inv_scale = one
+        self.begin(step)
+        for task in range(T):
+            self.update(task, slots, [None] * len(slots), accumulate=False)
+
     def end_task(self, task: int) -> None:
         """Nothing to do: the row stays in the buffer until ``finish``."""
 
     def finish(self) -> list[Tensor]:
         """The balanced gradient, one flat tensor per group of the layout."""
-        outs = []
+        step, outs = self._step, []
         for dtype, start, stop in self._layout.groups:
             outs.append(self._flat_grads.take(stop - start, dtype))
-            self._combine(self.buffer[:, start:stop], outs[-1], slice(None), self._alpha, self._step.scale)
+            step.out_sq_norms.append(torch.empty_like(step.alpha_value))
+            columns = self.buffer[:, start:stop]
+            self._combine(columns, outs[-1], slice(None), self._alpha, step.scale, step.out_sq_norms[-1])
         torch.autograd.graph.increment_version(self.buffer)  # for graphs that users build on views of it
         return outs
+
+    def gram(self) -> Tensor:
+        """Inner products of all pairs of rows, shape ``(T, T)``."""
+        T = len(self._rows)
+        out = torch.empty(T, T, dtype=self._compute_dtype, device=self._layout.device)
+        self._ops.gram(self.buffer, out, self._arrivals)
+        return out
 
 
 class SumRows(_Rows):
@@ -190,31 +260,40 @@ class SumRows(_Rows):
     """
 
     def __init__(
-        self, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
+        self, T: int, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
     ) -> None:
-        super().__init__(layout, ops, alpha, eps, compute_dtype(state_dtype))
+        super().__init__(T, layout, ops, alpha, eps, compute_dtype(state_dtype))
         self._scratch = self._zeros(layout.P, dtype=self._dtype)
+        self._one = torch.ones((), dtype=self._dtype, device=layout.device)
+        self._alpha_of_a_row = alpha if alpha[0] == "none" else ("constant", 1.0)
 
     def _row(self, task: int) -> Tensor:
         return self._scratch
 
     def begin(self, step: Step) -> None:
         super().begin(step)
+        self.sq_norms.zero_()  # of tasks that stay away
         self._is_empty = True
         self._sum = self._flat_grads.take(self._layout.P, self._dtype)
+        step.out_sq_norms = [torch.empty_like(step.alpha_value)]
 
     def end_task(self, task: int) -> None:
         """Add the finished row to the sum."""
-        one = torch.ones_like(self._step.scale)
-        tasks = slice(task, task + 1)
-        self._combine(self._scratch[None], self._sum, tasks, ("constant", 1.0), one, accumulate=not self._is_empty)
+        tasks, (sq_norm,) = slice(task, task + 1), self._step.out_sq_norms
+        alpha, add = self._alpha_of_a_row, not self._is_empty
+        self._combine(self._scratch[None], self._sum, tasks, alpha, self._one, sq_norm, accumulate=add)
         self._is_empty = False
 
     def finish(self) -> list[Tensor]:
         """The balanced gradient, one flat tensor per group of the layout."""
         step = self._step
+        if step.active is not None:
+            self.sq_norms *= step.active  # the scratch row still held the task before
         empty = self._scratch[:0]
-        self._combine(empty.expand(len(step.norms), 0), empty, slice(None), self._alpha, step.scale)
-        total = self._sum.mul_(step.alpha_value * step.scale)
+        unused = torch.empty_like(step.alpha_value)
+        self._combine(empty.expand(len(step.norms), 0), empty, slice(None), self._alpha, step.scale, unused)
+        factor = step.alpha_value * step.scale
+        step.out_sq_norms[0] *= factor.square()
+        total = self._sum.mul_(factor)
         del self._sum
         return [total[start:stop].to(dtype) for dtype, start, stop in self._layout.groups]

@@ -11,7 +11,7 @@ class Window:
     """The micro-batches of one step; complete when every task has had ``accumulation_steps`` of them.
 
     :param task_names: Of all tasks.
-    :param accumulation_steps: As the user gave it; None: one loss of every task at once.
+    :param accumulation_steps: As the user gave it; None: all that is to come comes at once, one loss a task.
 
     Attributes: ``size`` (micro-batches of a task), ``taken`` (how many each task has had), ``step`` (None before the
     first, and where there is nothing to balance).
@@ -42,7 +42,7 @@ class Window:
                 )
 
     def is_complete(self) -> bool:
-        return all(taken == self.size for taken in self.taken)
+        return self._accumulation_steps is None or all(taken == self.size for taken in self.taken)
 
     def absent(self) -> list[int]:
         """Tasks that have had nothing."""

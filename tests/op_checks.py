@@ -14,7 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from op_inputs import ALPHA_CONSTANT, CHUNK, EPS, Balanced, Combined, Row, Segments, array, run_balance, run_combine
+from op_inputs import (
+    ALPHA_CONSTANT,
+    CHUNK,
+    EPS,
+    Balanced,
+    Combined,
+    Row,
+    Segments,
+    array,
+    run_balance,
+    run_combine,
+    run_gram,
+)
 from torch import Tensor
 
 from dbmtl_fused import oracle
@@ -48,6 +60,8 @@ def assert_accurate(
 
 def ema_magnitude(ema: oracle.Array, grads: oracle.Array, beta: float, *, accumulate: bool = False) -> oracle.Array:
     """What is added up in one update of the EMA; entries that the guard holds back count as their old value."""
+    if beta == 1:  # gradients are not looked at
+        return np.abs(ema)
     updated = np.abs(ema) * (1 if accumulate else beta) + (1 - beta) * np.abs(grads)
     return np.where(np.isfinite(updated), updated, np.abs(ema))
 
@@ -78,6 +92,7 @@ def assert_balanced(
     if np.isnan(exact.weights).any():
         assert actual.weights.isnan().all()
         assert actual.out.isnan().all()
+        assert not isinstance(actual, Combined) or actual.out_sq_norm.isnan() or actual.out.numel() == 0
         return
     condition = (norms_magnitude[exact.norms > 0] / exact.norms[exact.norms > 0]).max(initial=1)
     weights_magnitude = np.abs(exact.weights) * condition
@@ -85,6 +100,10 @@ def assert_balanced(
     magnitude = np.abs(base) + scale * (weights_magnitude[:, None] * ema_magnitude).sum(axis=0)
     floor = eps_of(actual.out.dtype) + 8 * eps
     assert_accurate("out", actual.out, reference.out, exact.out, magnitude, floor, floor + (40 + T) * eps)
+    if isinstance(actual, Combined) and isinstance(reference, Combined):
+        values = actual.out_sq_norm, reference.out_sq_norm, np.asarray(exact.out_sq_norm)
+        whole = np.asarray(np.square(magnitude).sum())
+        assert_accurate("out_sq_norm", *values, whole, 16 * eps, (112 + 2 * T) * eps)
 
 
 def is_rounded_randomly(state_dtype: torch.dtype) -> bool:
@@ -143,6 +162,7 @@ def check_combine(
     sq_norms: Tensor,
     out: Tensor,
     *,
+    preference: Tensor | None = None,
     alpha: str = "max",
     scale: float = 1.0,
     accumulate: bool = False,
@@ -151,9 +171,18 @@ def check_combine(
     """Run ``combine`` on tensors as they lie in memory, and check all that it wrote."""
     before, base = array(ema), array(out) if accumulate else 0.0
     expected = oracle.combine(
-        before, np.sqrt(array(sq_norms)), alpha, ALPHA_CONSTANT, EPS, scale=scale, found_inf=found_inf != 0, base=base
+        before,
+        np.sqrt(array(sq_norms)),
+        alpha,
+        ALPHA_CONSTANT,
+        EPS,
+        preference=None if preference is None else array(preference),
+        scale=scale,
+        found_inf=found_inf != 0,
+        base=base,
     )
     options: dict[str, Any] = {"alpha": alpha, "scale": scale, "accumulate": accumulate, "found_inf": found_inf}
+    options["preference"] = preference
     dense = {"memory_format": torch.contiguous_format}
     reference = run_combine("reference", ema.clone(**dense), sq_norms, out=out.clone(), **options)
 
@@ -162,6 +191,19 @@ def check_combine(
     eps = eps_of(actual.norms.dtype)
     alpha_value = np.asarray(expected.alpha)
     assert_accurate("alpha", actual.alpha, reference.alpha, alpha_value, np.abs(alpha_value), 4 * eps, 16 * eps)
+    np.testing.assert_array_equal(array(ema), before, err_msg="ema was changed")
+    return actual
+
+
+def check_gram(backend: str, ema: Tensor) -> Tensor:
+    """Run ``gram`` on ``ema`` as it lies in memory, and check all that it wrote."""
+    before = array(ema)
+    reference = run_gram("reference", ema.clone(memory_format=torch.contiguous_format))
+    actual = run_gram(backend, ema)
+    eps = eps_of(actual.dtype)
+    exact, magnitude = oracle.gram(before), oracle.gram(np.abs(before))
+    assert_accurate("gram", actual, reference, exact, magnitude, 8 * eps, 32 * eps)
+    assert torch.equal(actual, actual.t()), "not symmetric"
     np.testing.assert_array_equal(array(ema), before, err_msg="ema was changed")
     return actual
 

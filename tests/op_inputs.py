@@ -73,6 +73,11 @@ def flags(value: float = 0.0) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=DEVICE)
 
 
+def arrivals() -> Tensor:
+    """The scratch of operators that sum over blocks."""
+    return torch.zeros((), dtype=torch.int32, device=DEVICE)
+
+
 def in_memory_order(flat: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
     """A dense tensor of ``shape`` over the memory of ``flat``; ``order`` lists its dimensions, slowest first."""
     inverse = [list(order).index(dim) for dim in range(len(shape))]
@@ -119,6 +124,7 @@ class Combined(NamedTuple):
     norms: Tensor
     weights: Tensor
     alpha: Tensor
+    out_sq_norm: Tensor
 
 
 def run_balance(
@@ -152,6 +158,7 @@ def run_combine(
     ema: Tensor,
     sq_norms: Tensor,
     *,
+    preference: Tensor | None = None,
     found_inf: float = 0.0,
     scale: float = 1.0,
     alpha: str = "max",
@@ -164,13 +171,26 @@ def run_combine(
     T, P = ema.shape
     out = ema.new_empty(P) if out is None else out
     flag, factor = flags(found_inf), coefficient(scale, ema.dtype)
-    small = [Guarded(factor.new_empty(shape), offset=1) for shape in ((T,), (T,), ())]
+    small = [Guarded(factor.new_empty(shape), offset=1) for shape in ((T,), (T,), (), ())]
     result = Combined(out, *(guarded.view for guarded in small))
+    counter = arrivals()
     op = backends.operators(backend).combine
-    assert op(ema, sq_norms, flag, factor, alpha, constant, eps, accumulate, *result) is None
+    given = ema, sq_norms, preference, flag, factor, alpha, constant, eps, accumulate
+    assert op(*given, *result, counter) is None
     for guarded in small:
         guarded.assert_intact()
+    assert int(counter) == 0
     return result
+
+
+def run_gram(backend: str, ema: Tensor) -> Tensor:
+    """Call ``gram``; the output is fresh, poisoned and between sentinels."""
+    T = len(ema)
+    guarded, counter = Guarded(coefficient(0, ema.dtype).new_empty(T, T), offset=1), arrivals()
+    assert backends.operators(backend).gram(ema, guarded.view, counter) is None
+    guarded.assert_intact()
+    assert int(counter) == 0
+    return guarded.view
 
 
 class Segments(NamedTuple):
@@ -218,7 +238,7 @@ class Row:
         self._partials = Guarded(like.new_empty(self.segments.chunks), offset=1)
         self._sq_norm = Guarded(like.new_empty(()), offset=1)
         self.partials, self.sq_norm = self._partials.view, self._sq_norm.view
-        self.arrivals = torch.zeros((), dtype=torch.int32, device=DEVICE)
+        self.arrivals = arrivals()
 
     def update(
         self,

@@ -23,6 +23,7 @@ FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas=-v", "-Werror=all-warnings
 
 LOAD = re.compile(r"\bLDG\.E\.(?:\w+\.)*128\b")
 STORE = re.compile(r"\bSTG\.E\b")
+MULTIPLY = re.compile(r"\bF(?:FMA|MUL)\b")
 WIDE_STORE = re.compile(r"\bSTG\.E\.(?:\w+\.)*128\b")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
@@ -67,7 +68,7 @@ def compiled() -> dict[tuple[str, str], Compiled]:
     return {(arch, source.stem): result for (arch, source), result in zip(jobs, results, strict=True)}
 
 
-KERNELS = {"balance": 3 * 4, "combine": 9 + 2, "ema_update": 3 * 3}
+KERNELS = {"balance": 3 * 4, "combine": 9 + 2, "ema_update": 3 * 3, "gram": 5 + 4 + 4}
 """How many each source has: states times sizes."""
 
 
@@ -91,20 +92,20 @@ def kernels_of(cubin: Path) -> dict[str, list[str]]:
     return {part.split()[0]: part.splitlines() for part in listing.split("Function : ")[1:]}
 
 
-def most_in_flight(instructions: list[str]) -> int:
-    """The longest run of 16-byte loads without a store between them."""
+def most_in_flight(instructions: list[str], end: re.Pattern[str] = STORE) -> int:
+    """The longest run of 16-byte loads without an ``end`` between them."""
     most = run = 0
     for line in instructions:
         if LOAD.search(line):
             run += 1
-        elif STORE.search(line):
+        elif end.search(line):
             run = 0
         most = max(most, run)
     return most
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", KERNELS)
+@pytest.mark.parametrize("source", ["balance", "combine", "ema_update"])
 def test_words_of_16_bytes(compiled: dict[tuple[str, str], Compiled], architecture: str, source: str) -> None:
     """With float32 throughout: at least min(2 T, 8) loads are on their way before a store waits for the first."""
     kernels = kernels_of(compiled[architecture, source].cubin)
@@ -119,6 +120,19 @@ def test_words_of_16_bytes(compiled: dict[tuple[str, str], Compiled], architectu
         found = most_in_flight(lines)
         assert found >= (wanted[source] or 4), f"{source} {size}: {found} loads in flight"
         assert any(WIDE_STORE.search(line) for line in lines), f"{source} {size}: no 16-byte store"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gram_loads_before_it_multiplies(compiled: dict[tuple[str, str], Compiled], architecture: str) -> None:
+    """Words of all rows of a block, and of several spans of few rows."""
+    kernels = kernels_of(compiled[architecture, "gram"].cubin)
+    found = {
+        int(size[1]): most_in_flight(lines, MULTIPLY)
+        for name, lines in kernels.items()
+        if (size := re.search(r"gram_kernelIfLi(\d+)E", name))
+    }
+    assert found.keys() == {1, 2, 3, 4, 8}
+    assert all(found[rows] >= wanted for rows, wanted in {1: 4, 2: 8, 3: 6, 4: 8, 8: 8}.items()), found
 
 
 def test_setup_compiles_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from op_inputs import DEVICE, Row, Segments, array
+from op_inputs import DEVICE, Row, Segments, array, arrivals
 from torch import Tensor
 
 from dbmtl_fused import backends
@@ -152,6 +152,31 @@ def test_last_block_is_known_in_many_launches(rng: np.random.Generator) -> None:
         row.update("cuda", grads, beta=0.0)
         bad += row.sq_norm != first
     assert int(bad) == 0
+
+
+def test_sums_of_blocks_are_complete_in_many_launches(rng: np.random.Generator) -> None:
+    """Those of ``combine`` and ``gram``; the counter that they share is left at zero."""
+    T, P = 5, 300_001
+    ema = torch.from_numpy(rng.standard_normal((T, P))).to(DEVICE, torch.float32)
+    sq_norms, found_inf, scale = ema.square().sum(1), torch.zeros((), device=DEVICE), torch.ones((), device=DEVICE)
+    outputs = [torch.empty(size, device=DEVICE) for size in ((P,), (T,), (T,), (), ())]
+    out, sq_norm = outputs[0], outputs[-1]
+    products, counter = torch.empty(T, T, device=DEVICE), arrivals()
+    ops = backends.operators("cuda")
+
+    def run() -> None:
+        ops.combine(ema, sq_norms, None, found_inf, scale, "max", 1.0, 1e-8, False, *outputs, counter)
+        ops.gram(ema, products, counter)
+
+    run()
+    torch.testing.assert_close(float(sq_norm), float(np.square(array(out)).sum()), rtol=1e-5, atol=0)
+    exact = ema.double() @ ema.double().t()
+    torch.testing.assert_close(products.double(), exact, rtol=0, atol=1e-5 * P)
+    first, bad = (sq_norm.clone(), products.clone()), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(10_000):
+        run()
+        bad += (sq_norm != first[0]) + (products != first[1]).sum()
+    assert int(bad) == int(counter) == 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -72,7 +72,37 @@ def test_combine(plans: ModuleType, T: int, P: int, state_bytes: int) -> None:
     assert plan["threads"] in (128, 160, 192, 224, 256)
     assert plan["units"] * plan["unit_columns"] >= P
     assert plan["rows"] == (T if T <= 8 and state_bytes == 4 else 0)
-    assert plan["workspace"] == (T * plan["grid"] if T > 256 else 0)
+    assert plan["workspace"] == plan["grid"] * (1 + (T if T > 256 else 0))
+
+
+@pytest.mark.parametrize("state_bytes", [2, 4, 8])
+@pytest.mark.parametrize("P", [0, 1, 4097, 11_200_000])
+@pytest.mark.parametrize("T", [1, 3, 4, 5, 16, 17, 33, 1000])
+def test_gram(plans: ModuleType, T: int, P: int, state_bytes: int) -> None:
+    plan = plans.gram_plan(T, P, state_bytes=state_bytes, sms=132)
+    assert plan["rows"] == (T if T <= 4 else 8 if state_bytes == 4 else 4)
+    blocks = -(-T // plan["rows"])
+    assert plan["tiles"] == blocks * (blocks + 1) // 2
+    assert plan["units"] * plan["unit_columns"] >= P > (plan["units"] - 1) * plan["unit_columns"]
+    assert plan["grid"] == min(132, max(plan["units"], 1))
+    # A warp for every tile of a pass, each tile for as many as there are, and passes of the same number of tiles.
+    warps = 16 if plan["rows"] <= 4 else 12
+    teams, rest = divmod(plan["threads"] // 32, plan["tiles_at_once"])
+    assert rest == 0
+    assert teams == warps // plan["tiles_at_once"] >= 1
+    passes = -(-plan["tiles"] // plan["tiles_at_once"])
+    assert passes == -(-plan["tiles"] // warps)
+    assert plan["tiles_at_once"] == -(-plan["tiles"] // passes)
+    assert plan["workspace"] >= plan["tiles"] * min(T, plan["rows"]) ** 2 * plan["grid"]
+
+
+@pytest.mark.parametrize(("state_bytes", "most"), [(2, 20), (4, 32), (8, 20)])
+def test_gram_reads_once(plans: ModuleType, state_bytes: int, most: int) -> None:
+    passes = {}
+    for T in range(1, most + 2):
+        plan = plans.gram_plan(T, 1000, state_bytes=state_bytes, sms=132)
+        passes[T] = -(-plan["tiles"] // plan["tiles_at_once"])
+    assert passes == dict.fromkeys(range(1, most + 1), 1) | {most + 1: 2}
 
 
 def segments(numels: list[int]) -> list[list[int]]:

@@ -69,9 +69,9 @@ class Plant(NamedTuple):
 
 PLANTS = {
     "barrier_missing": Plant(
-        "ema_update.cu",
-        "  __syncthreads();\n  return last;",
-        "  return last;",
+        "gram.cu",
+        "] = totals[i].total;\n    __syncthreads();",
+        "] = totals[i].total;",
         "thread",
         "data race",
     ),

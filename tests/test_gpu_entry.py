@@ -63,7 +63,7 @@ def test_a_dry_run_goes_through_all_stages_and_reports(tmp_path: Path, capfd: py
     operators = found["operators"]["data"]
     assert operators["settings"]["failures"] == []
     titles = [section["title"].split(" ")[0] for section in operators["sections"]]
-    assert {"balance_", "combine", "ema_update_", "the"} == set(titles)
+    assert {"balance_", "combine", "ema_update_", "gram", "the"} == set(titles)
     balance = operators["sections"][0]
     assert {bench_gpu_ops.MEMCPY, "LibMTL's expression", "tight eager", "dbmtl_fused reference"} <= set(
         balance["candidates"]
@@ -177,7 +177,7 @@ def test_a_build_that_setup_py_gave_up_is_a_failure(
 def test_an_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--stages", "info,sute"])
-    names = "build, info, parity, suite, soak, sanitizer, operators, sweep"
+    names = "build, info, parity, suite, soak, sanitizer, operators, steps, sweep"
     assert f"--stages must be among {names}, got sute" in capsys.readouterr().err
 
 
@@ -652,7 +652,8 @@ def test_the_sweep_runs_under_the_interpreter(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--quick", "--out", str(out)]
     interpret(f"from benchmarks import sweep_triton; raise SystemExit(sweep_triton.main({arguments}))")
     written = json.loads(out.read_text())
-    assert [line.split(" = ")[0] for line in written["chosen"]] == ["EMA_UPDATE", "COMBINE[4]", "BALANCE[4]"]
+    entries = [line.split(" = ")[0] for line in written["chosen"]]
+    assert entries == ["EMA_UPDATE", "COMBINE[4]", "GRAM_LARGE", "BALANCE[4]"]
     outcomes = [outcome for of in written["outcomes"].values() for outcome in of]
     assert len(outcomes) >= 6
     assert all(outcome["shares"] and not outcome["reason"] for outcome in outcomes)

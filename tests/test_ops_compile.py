@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from op_inputs import ALPHA_CONSTANT, DEVICE, EPS, Row, Segments, assert_same_bits, flags, random_rows, tensor
+from op_inputs import ALPHA_CONSTANT, DEVICE, EPS, Row, Segments, arrivals, assert_same_bits, flags, random_rows, tensor
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -34,9 +34,14 @@ def balance_call(backend: str, rng: np.random.Generator) -> Call:
 
 def combine_call(backend: str, rng: np.random.Generator) -> Call:
     ema = tensor(random_rows(rng, 3, 130))
-    outputs = ema.new_zeros(130), ema.new_zeros(3), ema.new_zeros(3), ema.new_zeros(())
-    inputs = ema, ema.square().sum(1), flags(), tensor(2.0), "median", ALPHA_CONSTANT, EPS, True
-    return backends.operators(backend).combine, (*inputs, *outputs)
+    outputs = ema.new_zeros(130), ema.new_zeros(3), ema.new_zeros(3), ema.new_zeros(()), ema.new_zeros(())
+    inputs = ema, ema.square().sum(1), tensor([1.0, 0.0, 2.0]), flags(), tensor(2.0), "median", ALPHA_CONSTANT, EPS
+    return backends.operators(backend).combine, (*inputs, True, *outputs, arrivals())
+
+
+def gram_call(backend: str, rng: np.random.Generator) -> Call:
+    ema = tensor(random_rows(rng, 3, 130))
+    return backends.operators(backend).gram, (ema, ema.new_zeros(3, 3), arrivals())
 
 
 def ema_update_call(backend: str, rng: np.random.Generator) -> Call:
@@ -58,7 +63,9 @@ def ema_update_call(backend: str, rng: np.random.Generator) -> Call:
 
 
 calls = pytest.mark.parametrize(
-    "make", [balance_call, combine_call, ema_update_call], ids=lambda make: make.__name__.removesuffix("_call")
+    "make",
+    [balance_call, combine_call, ema_update_call, gram_call],
+    ids=lambda make: make.__name__.removesuffix("_call"),
 )
 
 
@@ -101,7 +108,9 @@ def test_meta_tensors(backend: str, rng: np.random.Generator, make: Callable[...
         (balance_call, 8, (4,), "norms must have shape (3,), got (4,)"),
         (balance_call, 9, (3, 1), "weights must have shape (3,), got (3, 1)"),
         (combine_call, 1, (2,), "sq_norms must have shape (3,), got (2,)"),
-        (combine_call, 8, (1, 130), "out must have shape (130,), got (1, 130)"),
+        (combine_call, 2, (4,), "preference must have shape (3,), got (4,)"),
+        (combine_call, 9, (1, 130), "out must have shape (130,), got (1, 130)"),
+        (gram_call, 1, (3, 130), "out must have shape (3, 3), got (3, 130)"),
         (ema_update_call, 0, (1, 5632), "row must be 1-D, got 2-D"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_inputs import DEVICE, Segments, flags
+from op_inputs import DEVICE, Segments, arrivals, flags
 
 from dbmtl_fused import backends
 from dbmtl_fused.layout import chunk_table
@@ -31,15 +31,18 @@ def arguments(op: str) -> dict[str, Any]:
         matrices = {"ema": zeros(T, P), "grads": zeros(T, P), "beta": zeros(), "seed": None}
         return {**matrices, **alpha, **outputs, "found_inf": flags()}
     if op == "combine":
-        inputs = {"ema": zeros(T, P), "sq_norms": zeros(T), "found_inf": flags(), "scale": zeros()}
-        return {**inputs, **alpha, "accumulate": False, **outputs, "alpha_value": zeros()}
+        inputs = {"ema": zeros(T, P), "sq_norms": zeros(T), "preference": zeros(T)}
+        scalars = {"found_inf": flags(), "scale": zeros(), **alpha, "accumulate": False}
+        outputs |= {"alpha_value": zeros(), "out_sq_norm": zeros(), "arrivals": arrivals()}
+        return {**inputs, **scalars, **outputs}
+    if op == "gram":
+        return {"ema": zeros(T, P), "out": zeros(T, T), "arrivals": arrivals()}
     segments = Segments.of([5000, 12])
     tables = {"segments": segments.table, "chunks": chunk_table(segments.table.tolist()).to(DEVICE)}
     inputs = {"grads": [zeros(5000), zeros(12)], "slots": [0, 1], **tables}
     scalars = {"beta": zeros(), "inv_scale": zeros(), "seed": None}
     outputs = {"partials": zeros(segments.chunks), "sq_norm": zeros(), "found_inf": flags()}
-    arrivals = zeros(dtype=torch.int32)
-    return {"row": zeros(segments.P), **inputs, **scalars, **outputs, "arrivals": arrivals, "accumulate": False}
+    return {"row": zeros(segments.P), **inputs, **scalars, **outputs, "arrivals": arrivals(), "accumulate": False}
 
 
 def table(*rows: tuple[int, int, int]) -> torch.Tensor:
@@ -102,6 +105,16 @@ CASES = [
     ("combine", {"norms": zeros()}, "norms must have shape (3,), got ()"),
     ("combine", {"weights": zeros(0)}, "weights must have shape (3,), got (0,)"),
     ("combine", {"alpha_value": zeros(0)}, "alpha_value must have one element, got shape (0,)"),
+    ("combine", {"preference": zeros(T + 1)}, "preference must have shape (3,), got (4,)"),
+    ("combine", {"preference": zeros(T, dtype=torch.bool)}, "preference must be float32, got bool"),
+    ("combine", {"arrivals": zeros()}, "arrivals must be int32, got float32"),
+    ("combine", {"out_sq_norm": zeros(dtype=torch.float64)}, "out_sq_norm must be float32, got float64"),
+    ("gram", {"ema": zeros(P)}, "ema must have shape (T, P) with T >= 1, got (130,)"),
+    ("gram", {"ema": zeros(T, P, dtype=torch.float16)}, "ema must be float32, float64 or bfloat16, got float16"),
+    ("gram", {"arrivals": zeros(2, dtype=torch.int32)}, "arrivals must have one element, got shape (2,)"),
+    ("gram", {"out": zeros(T, P)}, "out must have shape (3, 3) and be contiguous, got (3, 130)"),
+    ("gram", {"out": zeros(T, 2 * T)[:, :T]}, "out must have shape (3, 3) and be contiguous, got (3, 3)"),
+    ("gram", {"out": zeros(T, T, dtype=torch.float64)}, "out must be float32, got float64"),
     ("ema_update_", {"row": zeros(2, 3000)}, "row must have shape (P,), got (2, 3000)"),
     ("ema_update_", {"row": zeros(10752)[::2]}, "row must have adjacent columns, got stride 2"),
     ("ema_update_", {"row": zeros(5376, dtype=torch.int16)}, "row must be float32, float64 or bfloat16, got int16"),

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from op_checks import assert_balanced, assert_ema, check_balance, check_combine, check_ema_update, ema_magnitude
+from op_checks import (
+    assert_balanced,
+    assert_ema,
+    check_balance,
+    check_combine,
+    check_ema_update,
+    check_gram,
+    ema_magnitude,
+)
 from op_inputs import (
     ALPHA_MODES,
     DEVICE,
@@ -16,6 +24,7 @@ from op_inputs import (
     Row,
     Segments,
     array,
+    assert_same_bits,
     exactly,
     random_rows,
     run_balance,
@@ -132,6 +141,38 @@ def test_combine_scale(backend: str, rng: np.random.Generator, scale: float, acc
     check_combine(backend, *combine_inputs(rng, 3, 4097), scale=scale, accumulate=accumulate)
 
 
+@alphas
+@pytest.mark.parametrize("T", TASKS)
+def test_combine_preference(backend: str, rng: np.random.Generator, alpha: str, T: int) -> None:
+    """Applied after alpha; tasks with 0 take no part in it."""
+    ema, sq_norms, out = combine_inputs(rng, T, 129)
+    preference = tensor(rng.uniform(0.1, 10, T) * (rng.uniform(size=T) < 0.6))
+    check_combine(backend, ema, sq_norms, out, preference=preference, alpha=alpha)
+
+
+@alphas
+@pytest.mark.parametrize("T", [1, 3, 17])
+def test_combine_without_a_task(backend: str, rng: np.random.Generator, alpha: str, T: int) -> None:
+    """Nobody takes part: zeros, neither NaN nor what was there before."""
+    result = check_combine(backend, *combine_inputs(rng, T, 129), preference=tensor(np.zeros(T)), alpha=alpha)
+    assert not result.out.any()
+    assert not result.weights.any()
+
+
+@alphas
+@states
+@pytest.mark.parametrize("zeros", [1, 4, 5])
+def test_combine_zero_rows(
+    backend: str, rng: np.random.Generator, alpha: str, state_dtype: torch.dtype, zeros: int
+) -> None:
+    """``min`` looks past rows of zeros, the others do not; unless all are."""
+    ema, sq_norms, out = combine_inputs(rng, 5, 129, state_dtype)
+    ema[:zeros], sq_norms[:zeros] = 0, 0
+    result = check_combine(backend, ema, sq_norms, out, alpha=alpha)
+    if alpha == "min":
+        assert (float(result.alpha) > 0) == (zeros < 5)
+
+
 def test_combine_norms_of_a_whole_that_ema_is_a_part_of(backend: str, rng: np.random.Generator) -> None:
     """``sq_norms`` are taken as given (ranks all-reduce them first), never computed from ``ema``."""
     ema, sq_norms, out = combine_inputs(rng, 3, 129)
@@ -155,3 +196,37 @@ def test_ema_update(
     grads = [tensor(rng.standard_normal(numel) / inv_scale, dtype) for numel in numels]
     beta = exactly(rng.uniform(), state_dtype)
     check_ema_update(backend, row, grads, beta=beta, inv_scale=exactly(inv_scale, state_dtype))
+
+
+@pytest.mark.parametrize("numels", [[129, 1, 0, 4097, 256]], ids=str)
+@pytest.mark.parametrize("accumulate", [False, True], ids=["decay", "add"])
+@pytest.mark.parametrize("inv_scale", [1.0, np.inf])
+@states
+def test_ema_update_beta_of_one(
+    backend: str,
+    rng: np.random.Generator,
+    numels: list[int],
+    accumulate: bool,
+    inv_scale: float,
+    state_dtype: torch.dtype,
+) -> None:
+    """The row stays, bit for bit, whatever the gradients: NaNs in them raise no flag. Norms are those of the row."""
+    segments = Segments.of(numels)
+    start = tensor(rng.standard_normal(segments.P) * (rng.uniform(size=segments.P) < 0.9), state_dtype) * -1.0
+    row = Row(start.clone(), segments)
+    grads = [tensor(np.where(rng.uniform(size=n) < 0.5, np.nan, 1e30)) for n in numels]
+    check_ema_update(backend, row, grads, beta=1.0, inv_scale=inv_scale, accumulate=accumulate)
+    assert_same_bits("row", row.row, start)
+    assert not row.found_inf
+
+
+@pytest.mark.parametrize("T", TASKS)
+@pytest.mark.parametrize("P", [0, 1, 129, 4097])
+def test_gram_shapes(backend: str, rng: np.random.Generator, T: int, P: int) -> None:
+    check_gram(backend, tensor(random_rows(rng, T, P)))
+
+
+@states
+@pytest.mark.parametrize("T", [1, 3, 5, 17])
+def test_gram_dtypes(backend: str, rng: np.random.Generator, state_dtype: torch.dtype, T: int) -> None:
+    check_gram(backend, tensor(random_rows(rng, T, LARGE // 16), state_dtype))

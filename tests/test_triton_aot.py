@@ -22,7 +22,7 @@ from dbmtl_fused import backends
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton_launches import Launch, balance_launch, combine_launch, ema_update_launch  # noqa: E402
+from triton_launches import Launch, balance_launch, combine_launch, ema_update_launch, gram_launch  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -84,6 +84,7 @@ class Machine(NamedTuple):
 
 
 WIDE_LOAD, WIDE_STORE = r"LDG\.E\S*\.128", r"STG\.E\S*\.128"
+PRODUCT = r"\b[FD]MUL"
 SPILL = r"\b(?:LDL|STL)\b"
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -110,6 +111,7 @@ LAUNCHES: dict[str, tuple[Callable[[Any], Launch], int]] = {
     "combine T=16 bf16 state": (lambda r: combine_launch(r, 16, BF16, F32), 8),
     "combine T=3 accumulate": (lambda r: combine_launch(r, 3, F32, F32, accumulate=True), 4),
     "combine T=3 fp64": (lambda r: combine_launch(r, 3, F64, F64), 4),
+    "combine T=3 preference": (lambda r: combine_launch(r, 3, F32, F32, preference=True), 6),
     "ema_update": (lambda r: ema_update_launch(r, F32, F32), 8),
     "ema_update bf16 gradients": (lambda r: ema_update_launch(r, F32, BF16), 4),
     "ema_update mixed gradients": (lambda r: ema_update_launch(r, F32, F32, BF16, F16, F64), 8),
@@ -118,8 +120,20 @@ LAUNCHES: dict[str, tuple[Callable[[Any], Launch], int]] = {
 }
 
 
-@pytest.mark.skipif(not os.access(CUOBJDUMP, os.X_OK), reason="this Triton brings no cuobjdump")
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+# Likewise, before the first product.
+GRAM_LAUNCHES: dict[str, tuple[Callable[[Any], Launch], int]] = {
+    "T=3": (lambda r: gram_launch(r, 3, F32), 3),
+    "T=11": (lambda r: gram_launch(r, 11, F32), 8),
+    "T=3 bf16 state": (lambda r: gram_launch(r, 3, BF16), 3),
+    "T=11 fp64": (lambda r: gram_launch(r, 11, F64), 8),
+}
+
+needs_cuobjdump = pytest.mark.skipif(not os.access(CUOBJDUMP, os.X_OK), reason="this Triton brings no cuobjdump")
+architectures = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+
+
+@needs_cuobjdump
+@architectures
 @pytest.mark.parametrize(("launch", "loads"), LAUNCHES.values(), ids=LAUNCHES)
 def test_machine_code(
     record: Any, tmp_path: Path, launch: Callable[[Any], Launch], loads: int, architecture: int
@@ -130,6 +144,17 @@ def test_machine_code(
     assert machine.count(WIDE_LOAD, before=WIDE_STORE) >= loads
 
 
+@needs_cuobjdump
+@architectures
+@pytest.mark.parametrize(("launch", "loads"), GRAM_LAUNCHES.values(), ids=GRAM_LAUNCHES)
+def test_machine_code_of_gram(
+    record: Any, tmp_path: Path, launch: Callable[[Any], Launch], loads: int, architecture: int
+) -> None:
+    machine = Machine.of(launch(record), architecture, tmp_path)
+    assert machine.stack == machine.local == machine.count(SPILL) == 0, "spills"
+    assert machine.count(WIDE_LOAD, before=PRODUCT) >= loads
+
+
 def test_compiles_for_rocm(record: Any) -> None:
     """Wavefronts of 64, no limit on registers; 16-byte accesses and no scratch memory there either."""
     if "amd" not in triton.backends.backends:
@@ -138,13 +163,15 @@ def test_compiles_for_rocm(record: Any) -> None:
         balance_launch(record, 3, F32, F32),
         combine_launch(record, 3, F32, F32),
         ema_update_launch(record, F32, F32),
+        gram_launch(record, 3, F32),
     ):
         options = {name: value for name, value in launch[2].items() if name != "maxnreg"}
         compiled = triton.compile(source_of(launch), target=GPUTarget("hip", "gfx942", 64), options=options)
         code = compiled.asm["amdgcn"]
         assert int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1]) == 0
         assert re.search(r"(global|buffer|flat)_load_dwordx4", code)
-        assert re.search(r"(global|buffer|flat)_store_dwordx4", code)
+        if "gram" not in launch[0].__name__:  # which stores next to nothing
+            assert re.search(r"(global|buffer|flat)_store_dwordx4", code)
 
 
 def test_cooperative_launch_is_asked_for(record: Any) -> None:

@@ -18,6 +18,7 @@ from triton_launches import (
     balance_launch,
     combine_launch,
     ema_update_launch,
+    gram_launch,
 )
 
 from dbmtl_fused.triton_kernels import balance, gradients, launch, tuning
@@ -69,6 +70,19 @@ def test_a_tile_has_all_rows_up_to_a_number_of_tasks(T: int) -> None:
     assert tuning.small(T) == (T if T <= 16 else 0)
 
 
+@pytest.mark.parametrize("T", [1, 2, 4, 5, 64, 1000])
+@pytest.mark.parametrize("P", [0, 1, 4097, 1_000_000, 10**10])
+def test_spans_of_gram(T: int, P: int) -> None:
+    """They cover all columns, none in vain; one a program, or so short that those of all programs stay in L2."""
+    config = tuning.gram(T)
+    span, spans = config.spans(T, P, MULTIPROCESSORS)
+    assert (spans - 1) * span * config.block < max(P, 1) <= spans * span * config.block
+    if config.rows >= T:
+        assert spans <= tuning.GRAM_PROGRAMS * MULTIPROCESSORS
+    else:
+        assert span == 1 or T * span * config.block <= tuning.GRAM_SPAN
+
+
 def test_two_launches_where_a_cooperative_one_fails(
     record: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -116,7 +130,7 @@ def test_two_launches_where_grids_cannot_wait(record: Any, monkeypatch: pytest.M
 
 
 def test_options_of_streaming_kernels_are_known_to_every_compiler(record: Any) -> None:
-    for made in (combine_launch(record, 3, F32, F32), ema_update_launch(record, F32, F32)):
+    for made in (combine_launch(record, 3, F32, F32), ema_update_launch(record, F32, F32), gram_launch(record, 3, F32)):
         assert set(made[2]) == {"num_warps", "enable_fp_fusion"}
 
 

@@ -6,7 +6,8 @@ It computes with NumPy, and differs from compiled code in ways that would hide m
 * bfloat16 values are integers to NumPy, so that arithmetic on them is silently nonsense: it raises instead;
 * Python floats become float32, although our kernels declare theirs as float64;
 * NumPy warns where integers wrap or floats overflow, which here is an error and on a GPU what is meant to happen;
-* with NumPy 2.4, up to Triton 3.7, a scalar of one element cannot be the bound of a loop.
+* with NumPy 2.4, up to Triton 3.7, a scalar of one element cannot be the bound of a loop;
+* it replaces Triton's language by its own at every call of a function: once a module and launch saves half of the time.
 
 All this is private to Triton; ``test_triton_interpreter.py`` notices if it moves.
 """
@@ -21,6 +22,7 @@ from triton.runtime import interpreter
 
 _cast = interpreter.InterpreterBuilder.cast_impl
 _binary_op = interpreter.InterpreterBuilder.binary_op
+_patch_language = interpreter._patch_lang
 _patch_tensor = interpreter._patch_lang_tensor
 _run = interpreter.GridExecutor.__call__
 _convert_argument = interpreter._implicit_cvt
@@ -45,7 +47,19 @@ def _checked_binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
     return _binary_op(self, lhs, rhs, op)
 
 
+_patched_modules: set[int] = set()
+
+
+def _patch_language_once(function: Any) -> Any:
+    module = id(function.__globals__)
+    if module in _patched_modules:
+        return interpreter._LangPatchScope()
+    _patched_modules.add(module)
+    return _patch_language(function)
+
+
 def _run_without_warnings(self: Any, *args: Any, **kwargs: Any) -> None:
+    _patched_modules.clear()
     with np.errstate(all="ignore"):
         _run(self, *args, **kwargs)
 
@@ -63,6 +77,7 @@ def _patch_tensor_index(tensor: Any, scope: Any) -> None:
 
 interpreter.InterpreterBuilder.cast_impl = _rounding_cast
 interpreter.InterpreterBuilder.binary_op = _checked_binary_op
+interpreter._patch_lang = _patch_language_once
 interpreter._patch_lang_tensor = _patch_tensor_index
 interpreter._implicit_cvt = _convert_declared_argument
 interpreter.GridExecutor.__call__ = _run_without_warnings

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dbmtl_fused._ops import compute_dtype
 from dbmtl_fused.layout import FlatLayout
-from dbmtl_fused.triton_kernels import balance, combine, ema_update
+from dbmtl_fused.triton_kernels import balance, combine, ema_update, gram
 
 P = 10_000_384  # long enough for the launch parameters of large matrices; rows are aligned
 MULTIPROCESSORS = 132
@@ -38,9 +38,10 @@ class Recorder:
 
 def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
     """``record(module, function, *args)``: the last launch of a kernel of ``module`` by ``function``."""
-    for module in (balance, combine, ema_update):
+    for module in (balance, combine, ema_update, gram):
         monkeypatch.setattr(module, "on_device", lambda tensor: nullcontext())
-    monkeypatch.setattr(balance, "multiprocessors", lambda device: MULTIPROCESSORS)
+    for module in (balance, gram):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
     monkeypatch.setattr(balance, "target", lambda: "cuda")
     monkeypatch.setattr(balance, "barrier_words", lambda device: meta(2, dtype=torch.int32))
 
@@ -70,11 +71,19 @@ def balance_launch(record: Any, T: int, state: torch.dtype, grads: torch.dtype, 
     return record(balance, balance.balance_, *inputs, *outputs)
 
 
-def combine_launch(record: Any, T: int, state: torch.dtype, out: torch.dtype, accumulate: bool = False) -> Launch:
+def combine_launch(
+    record: Any, T: int, state: torch.dtype, out: torch.dtype, accumulate: bool = False, preference: bool = False
+) -> Launch:
     dtype = compute_dtype(state)
-    inputs = meta(T, P, dtype=state), meta(T, dtype=dtype), meta(), meta(dtype=dtype), "max", 1.0, 1e-8, accumulate
-    outputs = meta(P, dtype=out), meta(T, dtype=dtype), meta(T, dtype=dtype), meta(dtype=dtype)
-    return record(combine, combine.combine, *inputs, *outputs)
+    vectors = meta(T, dtype=dtype), meta(T, dtype=dtype) if preference else None
+    inputs = meta(T, P, dtype=state), *vectors, meta(), meta(dtype=dtype), "max", 1.0, 1e-8, accumulate
+    written = meta(P, dtype=out), meta(T, dtype=dtype), meta(T, dtype=dtype), meta(dtype=dtype), meta(dtype=dtype)
+    return record(combine, combine.combine, *inputs, *written, meta(dtype=torch.int32))
+
+
+def gram_launch(record: Any, T: int, state: torch.dtype) -> Launch:
+    ema, out = meta(T, P, dtype=state), meta(T, T, dtype=compute_dtype(state))
+    return record(gram, gram.gram, ema, out, meta(dtype=torch.int32))
 
 
 def ema_update_launch(record: Any, state: torch.dtype, *grads: torch.dtype) -> Launch:

@@ -128,11 +128,11 @@ def _balanced_sum(
         pointers = partials + tasks.to(tl.int64)[:, None] * programs + others
         sums += tl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
     norms = square_root(tl.sum(sums, axis=1))
-    alpha = alpha_of(norms, tasks, T, alpha_constant, MODE)
+    alpha = alpha_of(norms, tasks, tasks < T, T, alpha_constant, MODE)
     flag = tl.load(found_inf, cache_modifier=".cg")
     tl.store(norms_out + tasks, norms, mask=tasks < T)
     # All programs store the same; each then reads back what its own threads have stored.
-    tl.store(weights_out + tasks, weights_of(norms, alpha, eps, flag, MODE), mask=tasks < T)
+    tl.store(weights_out + tasks, weights_of(norms, None, alpha, eps, flag, MODE), mask=tasks < T)
     tl.debug_barrier()
 
     whole_tiles = P // BLOCK

@@ -82,6 +82,14 @@ def vector(name: str, tensor: Tensor, size: int, expected: torch.dtype, device: 
     dtype(name, tensor, expected)
 
 
+def square(name: str, tensor: Tensor, size: int, expected: torch.dtype, device: torch.device) -> None:
+    if tensor.shape != (size, size) or not tensor.is_contiguous():
+        found = tuple(tensor.shape)
+        raise RuntimeError(f"{name} must have shape ({size}, {size}) and be contiguous, got {found}")
+    _on(name, tensor, device)
+    dtype(name, tensor, expected)
+
+
 def scalar(name: str, tensor: Tensor, expected: torch.dtype, device: torch.device) -> None:
     if tensor.numel() != 1:
         raise RuntimeError(f"{name} must have one element, got shape {tuple(tensor.shape)}")

@@ -89,6 +89,28 @@ def fold(values):
 
 
 @triton.jit
+def is_last(arrivals):
+    """Whether this program is the last of its launch to get here. It then sees what the others have stored, but not
+    through its first-level cache. ``arrivals`` is 0, and is again once the last one has been here."""
+    tl.debug_barrier()
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
+
+
+@triton.jit
+def sum_of_programs(partials, count, BLOCK: tl.constexpr):
+    """The sum of ``count`` numbers that other programs have stored, in a fixed order."""
+    offsets = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], partials.dtype.element_ty)
+    for first in range(0, count, BLOCK):
+        # Not from the first-level cache: other programs have just written them.
+        sums += tl.load(partials + first + offsets, mask=first + offsets < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
 def convert_out(values, dtype: tl.constexpr):
     """Rounded to nearest even; like torch, from float64 to 16 bits by way of float32."""
     if values.dtype == tl.float64 and dtype != tl.float64:
@@ -97,26 +119,30 @@ def convert_out(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def alpha_of(norms, tasks, T, constant, MODE: tl.constexpr):
-    """``alpha`` of ``norms``, a block whose entries from ``T`` on mean nothing; NaN as in the reference: max and min
-    return it, median sorts it last."""
-    there = tasks < T
-    nan = tl.max((there & (norms != norms)).to(tl.int32), axis=0) > 0
+def alpha_of(norms, tasks, counts, T, constant, MODE: tl.constexpr):
+    """``alpha`` of the ``norms`` that count (a mask, false from ``T`` on), 0 if none does; NaN as in the reference: max
+    and min return it, median sorts it last."""
+    if MODE == "min":
+        counts = counts & (norms != 0)
+    number = tl.sum(counts.to(tl.int32), axis=0)
+    nan = tl.max((counts & (norms != norms)).to(tl.int32), axis=0) > 0
     if MODE == "max":
-        alpha = tl.where(nan, float("nan"), tl.max(tl.where(there, norms, -1), axis=0))
+        alpha = tl.where(nan, float("nan"), tl.max(tl.where(counts, norms, 0), axis=0))
     elif MODE == "min":
-        alpha = tl.where(nan, float("nan"), tl.min(tl.where(there, norms, float("inf")), axis=0))
+        least = tl.min(tl.where(counts, norms, float("inf")), axis=0)
+        alpha = tl.where(nan, float("nan"), tl.where(number > 0, least, 0))
     elif MODE == "mean":
-        alpha = tl.sum(tl.where(there, norms, 0), axis=0) / T
+        alpha = tl.sum(tl.where(counts, norms, 0), axis=0) / tl.maximum(number, 1)
     elif MODE == "median":
         rank = tl.zeros_like(tasks)
         for j in range(T):
             other = tl.zeros_like(norms) + tl.sum(tl.where(tasks == j, norms, 0), axis=0)
             below = (other < norms) | ((norms != norms) & (other == other))
             equal = (other == norms) | ((norms != norms) & (other != other))
-            rank += (below | (equal & (j < tasks))).to(tl.int32)
-        lower = tl.sum(tl.where(there & (rank == (T - 1) // 2), norms, 0), axis=0)
-        upper = tl.sum(tl.where(there & (rank == T // 2), norms, 0), axis=0)
+            is_before = below | (equal & (j < tasks))
+            rank += (is_before & (tl.sum(tl.where(tasks == j, counts.to(tl.int32), 0), axis=0) > 0)).to(tl.int32)
+        lower = tl.sum(tl.where(counts & (rank == (number - 1) // 2), norms, 0), axis=0)
+        upper = tl.sum(tl.where(counts & (rank == number // 2), norms, 0), axis=0)
         alpha = (lower + upper) / 2
     elif MODE == "constant":
         alpha = tl.cast(constant, norms.dtype)
@@ -126,14 +152,16 @@ def alpha_of(norms, tasks, T, constant, MODE: tl.constexpr):
 
 
 @triton.jit
-def weights_of(norms, alpha, eps, found_inf, MODE: tl.constexpr):
-    """Weights of ``norms``, given ``alpha``."""
+def weights_of(norms, preference, alpha, eps, found_inf, MODE: tl.constexpr):
+    """Weights of ``norms``, given ``alpha``; ``preference`` may be None."""
     if MODE == "none":
         weights = tl.full(norms.shape, 1, norms.dtype)
     elif norms.dtype == tl.float32:
         weights = tl.div_rn(tl.zeros_like(norms) + alpha, norms + tl.cast(eps, norms.dtype))
     else:
         weights = alpha / (norms + tl.cast(eps, norms.dtype))
+    if preference is not None:
+        weights = preference * weights
     return tl.where(found_inf != 0, float("nan"), weights)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dbmtl_fused._ops import CHUNK
 from dbmtl_fused.triton_kernels import checks, tuning
-from dbmtl_fused.triton_kernels.device import alignment, round_state
+from dbmtl_fused.triton_kernels.device import alignment, is_last, round_state, sum_of_programs
 from dbmtl_fused.triton_kernels.gradients import ABSENT, SKIPPED, gradient_table, listed_chunks
 from dbmtl_fused.triton_kernels.launch import on_device
 
@@ -72,6 +72,7 @@ def ema_update_kernel(
     found_inf, arrivals,
     ACCUMULATE: tl.constexpr, DTYPES: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    coefficient = tl.load(beta)
     index = first_chunk.to(tl.int64) + tl.program_id(0)
     if tl.program_id(0) < num_chunks:
         slot = tl.load(chunks + 3 * index) - first_slot
@@ -80,29 +81,22 @@ def ema_update_kernel(
             start, numel = tl.load(chunks + 3 * index + 1), tl.load(chunks + 3 * index + 2)
             address = tl.load(table + slot)
             _update_chunk(
-                row, start, numel, address, code, beta, inv_scale, seed, partials + index, found_inf,
-                ACCUMULATE, DTYPES, ROUND, CHUNK,
+                row, start, numel, address, tl.where(coefficient == 1, ABSENT, code), coefficient, inv_scale, seed,
+                partials + index, found_inf, ACCUMULATE, DTYPES, ROUND, CHUNK,
             )  # fmt: skip
 
-    arrived = tl.atomic_add(arrivals, 1, sem="acq_rel")
-    if arrived == tl.num_programs(0) - 1:
-        offsets = tl.arange(0, CHUNK)
-        sums = tl.zeros([CHUNK], partials.dtype.element_ty)
-        for first in range(0, C, CHUNK):
-            # Not from the first-level cache: other programs have just written them.
-            sums += tl.load(partials + first + offsets, mask=first + offsets < C, other=0.0, cache_modifier=".cg")
-        tl.store(sq_norm, tl.sum(sums, axis=0))
-        tl.store(arrivals, 0)
+    if is_last(arrivals):
+        tl.store(sq_norm, sum_of_programs(partials, C, CHUNK))
 
 
 @triton.jit
 def _update_chunk(
-    row, start, numel, address, code, beta, inv_scale, seed, partial, found_inf,
+    row, start, numel, address, code, coefficient, inv_scale, seed, partial, found_inf,
     ACCUMULATE: tl.constexpr, DTYPES: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     state: tl.constexpr = row.dtype.element_ty
     offsets = tl.arange(0, CHUNK)
-    none = tl.zeros([CHUNK], beta.dtype.element_ty)
+    none = tl.zeros([CHUNK], coefficient.dtype)
     element_bytes = tl.where(code == 0, 4, tl.where(code == 3, 8, 2))
     row_address = row.to(tl.int64) + start * (state.primitive_bitwidth // 8)
     whole = (numel == CHUNK) & ((row_address | (address + start * element_bytes)) % 16 == 0)
@@ -113,10 +107,9 @@ def _update_chunk(
         old = tl.load(row + start + offsets, mask=offsets < numel, other=0.0).to(none.dtype)
         grad = _load_gradient(address, code, start, offsets, numel, none, state, DTYPES, False)
 
-    coefficient = tl.load(beta)
-    factor = tl.where(code == ABSENT, 1.0, tl.load(inv_scale))  # an infinite one must not turn no gradient into NaN
     decayed = old if ACCUMULATE else coefficient * old
-    updated = decayed + (1 - coefficient) * (grad * factor)
+    # Where there is no gradient, neither a zero's sign nor an infinite inv_scale is to change anything.
+    updated = tl.where(code == ABSENT, decayed, decayed + (1 - coefficient) * (grad * tl.load(inv_scale)))
     stored, finite = round_state(updated, old, tl.load(seed) if ROUND else 0, start + offsets, ROUND)
     if tl.max((~finite).to(tl.int32), axis=0) > 0:
         tl.store(found_inf, 1)

@@ -1,6 +1,8 @@
 // combine: squared norms to weights, and the weighted sum of the rows.
 //
-// Math      w_t = alpha / (sqrt(sq_norm_t) + eps);   out = scale * sum_t w_t ema[t]   (+ out if accumulate)
+// Math      w_t = preference_t alpha / (sqrt(sq_norm_t) + eps);   out = scale * sum_t w_t ema[t]   (+ out if
+// accumulate);
+//           out_sq_norm = sum_p out[p]^2
 // Traffic   fp32: 4 (T + 1) P bytes; 4P more if accumulate. bf16: half of it.
 // Parallel  weighted_sum.cpp.
 // Sync      one parallel region.
@@ -22,8 +24,10 @@ void launch_combine(const Combine<State>& args, ParallelFor parallel_for) {
   *args.alpha_value = compute_weights(args.sq_norms, args.T, *args.found_inf != 0, args.weighting);
   std::vector<Real> scaled(args.T);
   std::transform(weights, weights + args.T, scaled.begin(), [&](Real weight) { return *args.scale * weight; });
+  std::vector<Real> partials(ceil_div(args.P, kChunk));
   weighted_sum(args.ema, args.ema_stride, args.T, args.P, scaled.data(), args.accumulate, args.out, args.out_dtype,
-               parallel_for);
+               partials.data(), parallel_for);
+  *args.out_sq_norm = sum_in_order(partials.data(), static_cast<int64_t>(partials.size()));
 }
 
 template void launch_combine(const Combine<float>&, ParallelFor);

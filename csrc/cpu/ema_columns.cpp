@@ -26,12 +26,6 @@ constexpr bool kHasGradient = !std::is_same_v<Element, NoGradient>;
 // Bytes to prefetch ahead: the processor stops on its own at the end of a 4 KiB page.
 constexpr int kAhead = 2048;
 
-// Columns of one step of the loop, in bytes of Real: two of the widest vectors, so that their sums run side by side.
-constexpr int kStepBytes = 128;
-
-template <class Real>
-constexpr int kStep = kStepBytes / static_cast<int>(sizeof(Real));
-
 template <class Real, int kLanes>
 struct Running {
   static constexpr int kVectors = kStep<Real> / kLanes;
@@ -73,13 +67,9 @@ DBMTL_INLINE void ema_step(State* values, const Element* grads, const EmaCoeffic
 
 template <class Real, int kLanes>
 DBMTL_INLINE EmaColumns<Real> finish(const Running<Real, kLanes>& running) {
-  Real sums[kStep<Real>];
-  std::memcpy(sums, running.squares, kStepBytes);
-  for (int half = kStep<Real> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
   bool finite = true;
   for (int i = 0; i < kLanes; ++i) finite &= running.nonfinite[i] == 0;
-  return {sums[0], finite};
+  return {sum_lanes<Real>(running.squares), finite};
 }
 
 template <class State, class Element>

@@ -26,6 +26,7 @@ template <class State>
 void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for) {
   using Real = RealOf<State>;
   const EmaCoefficients<Real> coefficients{args.accumulate ? Real{1} : *args.beta, 1 - *args.beta, *args.inv_scale};
+  const bool is_taken = coefficients.gain != 0;  // else nothing is looked at
 
   std::vector<int64_t> ends(args.num_gradients);  // of the gradients laid end to end
   int64_t total = 0;
@@ -43,7 +44,7 @@ void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for) {
       const int64_t last = ceil_div(std::min(end - base, gradient.numel), kChunk);
       for (int64_t c = first; c < last; ++c) {
         const int64_t offset = c * kChunk;
-        const void* const grads = gradient.data ? element(gradient.data, gradient.dtype, offset) : nullptr;
+        const void* const grads = is_taken && gradient.data ? element(gradient.data, gradient.dtype, offset) : nullptr;
         const int64_t start = gradient.start + offset;
         const auto chunk =
             ema_columns(args.row + start, grads, gradient.dtype, std::min(kChunk, gradient.numel - offset),

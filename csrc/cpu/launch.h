@@ -20,6 +20,9 @@ template <class State>
 void launch_combine(const Combine<State>& args, ParallelFor parallel_for);
 
 template <class State>
+void launch_gram(const Gram<State>& args, ParallelFor parallel_for);
+
+template <class State>
 void launch_balance(const Balance<State>& args, ParallelFor parallel_for);
 
 }  // namespace dbmtl_fused::cpu

@@ -68,6 +68,23 @@ auto run_widest(Arguments... arguments) {
   return Loops::template run<16>(arguments...);
 }
 
+// What is summed column by column is summed in so many bytes of lanes, on every instruction set: two of the widest
+// vectors, so that their sums run side by side.
+constexpr int kStepBytes = 128;
+template <class Real>
+constexpr int kStep = kStepBytes / static_cast<int>(sizeof(Real));
+
+// Over those lanes, by halves.
+template <class Real, class Vectors>
+DBMTL_INLINE Real sum_lanes(const Vectors& vectors) {
+  static_assert(sizeof(vectors) == kStepBytes);
+  Real sums[kStep<Real>];
+  std::memcpy(sums, vectors, kStepBytes);
+  for (int half = kStep<Real> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
 template <class VectorType>
 DBMTL_INLINE VectorType load_bits(const void* from) {
   VectorType bits;

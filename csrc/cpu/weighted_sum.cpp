@@ -1,12 +1,12 @@
 // Weighted sum of the rows: phase 2 of combine and balance_.
 //
-// Math      out[p] = (out[p] if accumulate else 0) + sum_t weights[t] * rows[t, p]
+// Math      out[p] = (out[p] if accumulate else 0) + sum_t weights[t] * rows[t, p];   partials of sum_p out[p]^2
 // Traffic   fp32: reads 4T, writes 4 bytes a column; reads 4 more if accumulate. bf16: half of it.
 // Parallel  chunks of columns, in contiguous ranges; vectors, compiled per instruction set. kVectors vectors of sums
 //           stay in registers while the loop goes down the rows.
 // Sync      one parallel region.
 // Numerics  products and sums round one by one in the state's compute type, in task order, then once to out's type: bit
-//           for bit the reference.
+//           for bit the reference. Squares are summed in kStepBytes of lanes, on every instruction set.
 // Limits    rows and out must not overlap.
 #include "weighted_sum.h"
 
@@ -18,10 +18,22 @@
 namespace dbmtl_fused::cpu {
 namespace {
 
-constexpr int kVectors = 4;
-
 // Bytes of a row to prefetch ahead: with many rows, more streams than the processor follows on its own.
 constexpr int kAhead = 512;
+
+// Vectors of sums: at least four are on their way at a time, and enough for a step of the squares.
+template <class Real, int kLanes>
+constexpr int kVectors = std::max(4, kStep<Real> / kLanes);
+
+template <class Real, int kLanes>
+struct Squares {
+  static constexpr int kCount = kStep<Real> / kLanes;
+  Vector<Real, kLanes> sums[kCount] = {};
+
+  DBMTL_INLINE void add(const Vector<Real, kLanes> (&values)[kVectors<Real, kLanes>]) {
+    for (int i = 0; i < kVectors<Real, kLanes>; ++i) sums[i % kCount] += values[i] * values[i];
+  }
+};
 
 template <class State, class Out>
 struct WeightedSumLoop {
@@ -30,8 +42,8 @@ struct WeightedSumLoop {
   // One block of columns, of which only `rest` exist if it is not whole.
   template <int kLanes, bool kWhole>
   static DBMTL_INLINE void block(const State* rows, int64_t stride, const Real* weights, int64_t T, size_t rest,
-                                 bool accumulate, Out* out) {
-    constexpr int kBlock = kVectors * kLanes;
+                                 bool accumulate, Out* out, Squares<Real, kLanes>& squares) {
+    constexpr int kVectors = cpu::kVectors<Real, kLanes>, kBlock = kVectors * kLanes;
     Vector<Real, kLanes> sums[kVectors] = {};
     Out padded_out[kBlock] = {};
     State padded_row[kBlock] = {};
@@ -49,18 +61,28 @@ struct WeightedSumLoop {
       for (int i = 0; i < kVectors; ++i) sums[i] += weights[t] * load<Real, kLanes>(row + i * kLanes);
     }
     for (int i = 0; i < kVectors; ++i) store<Real, kLanes>(target + i * kLanes, sums[i]);
-    if constexpr (!kWhole) std::memcpy(out, padded_out, rest * sizeof(Out));
+    if constexpr (!kWhole) {
+      std::memcpy(out, padded_out, rest * sizeof(Out));
+      Real values[kBlock];  // the padding of an infinitely weighted row is NaN
+      std::memcpy(values, sums, sizeof(values));
+      std::fill(values + rest, values + kBlock, Real{0});
+      std::memcpy(sums, values, sizeof(values));
+    }
+    squares.add(sums);
   }
 
+  // Returns the squared norm of what goes to out.
   template <int kBytes>
-  static DBMTL_INLINE void run(const State* rows, int64_t stride, const Real* weights, int64_t T, int64_t count,
+  static DBMTL_INLINE Real run(const State* rows, int64_t stride, const Real* weights, int64_t T, int64_t count,
                                bool accumulate, Out* out) {
     constexpr int kLanes = kBytes / sizeof(Real);
-    constexpr int kBlock = kVectors * kLanes;
+    constexpr int kBlock = kVectors<Real, kLanes> * kLanes;
+    Squares<Real, kLanes> squares;
     int64_t p = 0;
     for (; p + kBlock <= count; p += kBlock)
-      block<kLanes, true>(rows + p, stride, weights, T, kBlock, accumulate, out + p);
-    if (p < count) block<kLanes, false>(rows + p, stride, weights, T, count - p, accumulate, out + p);
+      block<kLanes, true>(rows + p, stride, weights, T, kBlock, accumulate, out + p, squares);
+    if (p < count) block<kLanes, false>(rows + p, stride, weights, T, count - p, accumulate, out + p, squares);
+    return sum_lanes<Real>(squares.sums);
   }
 };
 
@@ -68,22 +90,26 @@ struct WeightedSumLoop {
 
 template <class State>
 void weighted_sum(const State* rows, int64_t stride, int64_t T, int64_t P, const RealOf<State>* weights,
-                  bool accumulate, void* out, DType out_dtype, ParallelFor parallel_for) {
+                  bool accumulate, void* out, DType out_dtype, RealOf<State>* partials, ParallelFor parallel_for) {
   with_element_type(out_dtype, [&](auto element) {
     using Out = decltype(element);
     parallel_for(ceil_div(P, kChunk), chunk_grain(T), [&](int64_t begin, int64_t end) {
       // Backwards: what phase 1 touched last is still in this core's cache.
       for (int64_t c = end; c-- > begin;) {
         const int64_t start = c * kChunk;
-        run_widest<WeightedSumLoop<State, Out>>(rows + start, stride, weights, T, std::min(kChunk, P - start),
-                                                accumulate, static_cast<Out*>(out) + start);
+        const auto sq_norm = run_widest<WeightedSumLoop<State, Out>>(
+            rows + start, stride, weights, T, std::min(kChunk, P - start), accumulate, static_cast<Out*>(out) + start);
+        if (partials != nullptr) partials[c] = sq_norm;
       }
     });
   });
 }
 
-template void weighted_sum(const float*, int64_t, int64_t, int64_t, const float*, bool, void*, DType, ParallelFor);
-template void weighted_sum(const double*, int64_t, int64_t, int64_t, const double*, bool, void*, DType, ParallelFor);
-template void weighted_sum(const BFloat16*, int64_t, int64_t, int64_t, const float*, bool, void*, DType, ParallelFor);
+template void weighted_sum(const float*, int64_t, int64_t, int64_t, const float*, bool, void*, DType, float*,
+                           ParallelFor);
+template void weighted_sum(const double*, int64_t, int64_t, int64_t, const double*, bool, void*, DType, double*,
+                           ParallelFor);
+template void weighted_sum(const BFloat16*, int64_t, int64_t, int64_t, const float*, bool, void*, DType, float*,
+                           ParallelFor);
 
 }  // namespace dbmtl_fused::cpu

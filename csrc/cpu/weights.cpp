@@ -1,6 +1,8 @@
 // Squared norms to weights.
 //
-// Math      n_t = sqrt(sq_norm_t);   alpha = max, min, ... of n;   w_t = alpha / (n_t + eps), or 1, or NaN
+// Math      n_t = sqrt(sq_norm_t);   alpha = max, min, ... of the n that count;   w_t = alpha / (n_t + eps), or 1,
+// times
+//           the preference; or NaN
 // Traffic   O(T), and O(P / kChunk) for sums of partials.
 // Parallel  one thread.
 // Sync      none.
@@ -13,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace dbmtl_fused::cpu {
@@ -24,31 +27,36 @@ bool below(Real a, Real b) {
   return a < b || (std::isnan(b) && !std::isnan(a));
 }
 
+// Those that alpha is made of.
 template <class Real>
-Real alpha_of(const Real* norms, int64_t T, const Weighting<Real>& weighting) {
+std::vector<Real> norms_that_count(int64_t T, const Weighting<Real>& weighting) {
+  std::vector<Real> norms;
+  norms.reserve(T);
+  for (int64_t t = 0; t < T; ++t) {
+    const bool takes_part = weighting.preference == nullptr || weighting.preference[t] != 0;
+    if (takes_part && (weighting.alpha != Alpha::kMin || weighting.norms[t] != 0)) norms.push_back(weighting.norms[t]);
+  }
+  return norms;
+}
+
+template <class Real>
+Real alpha_of(std::vector<Real> norms, const Weighting<Real>& weighting) {
+  if (weighting.alpha == Alpha::kConstant) return static_cast<Real>(weighting.alpha_constant);
+  if (weighting.alpha == Alpha::kNone) return 1;
+  if (norms.empty()) return 0;
   switch (weighting.alpha) {
     case Alpha::kMax:
-      return *std::max_element(norms, norms + T, below<Real>);
+      return *std::max_element(norms.begin(), norms.end(), below<Real>);
     case Alpha::kMin:
-      for (int64_t t = 0; t < T; ++t)
-        if (std::isnan(norms[t])) return norms[t];
-      return *std::min_element(norms, norms + T);
-    case Alpha::kMean: {
-      Real sum = 0;
-      for (int64_t t = 0; t < T; ++t) sum += norms[t];
-      return sum / static_cast<Real>(T);
-    }
-    case Alpha::kMedian: {
-      std::vector<Real> ordered(norms, norms + T);
-      std::sort(ordered.begin(), ordered.end(), below<Real>);
-      return (ordered[(T - 1) / 2] + ordered[T / 2]) / 2;
-    }
-    case Alpha::kConstant:
-      return static_cast<Real>(weighting.alpha_constant);
-    case Alpha::kNone:
-      return 1;
+      for (const Real norm : norms)
+        if (std::isnan(norm)) return norm;
+      return *std::min_element(norms.begin(), norms.end());
+    case Alpha::kMean:
+      return std::accumulate(norms.begin(), norms.end(), Real{0}) / static_cast<Real>(norms.size());
+    default:  // the median
+      std::sort(norms.begin(), norms.end(), below<Real>);
+      return (norms[(norms.size() - 1) / 2] + norms[norms.size() / 2]) / 2;
   }
-  __builtin_unreachable();
 }
 
 }  // namespace
@@ -63,10 +71,11 @@ Real sum_in_order(const Real* partials, int64_t count) {
 template <class Real>
 Real compute_weights(const Real* sq_norms, int64_t T, bool found_inf, const Weighting<Real>& weighting) {
   for (int64_t t = 0; t < T; ++t) weighting.norms[t] = std::sqrt(sq_norms[t]);
-  const Real alpha = alpha_of(weighting.norms, T, weighting);
+  const Real alpha = alpha_of(norms_that_count(T, weighting), weighting);
   for (int64_t t = 0; t < T; ++t) {
-    const Real balanced =
+    Real balanced =
         weighting.alpha == Alpha::kNone ? Real{1} : alpha / (weighting.norms[t] + static_cast<Real>(weighting.eps));
+    if (weighting.preference != nullptr) balanced = weighting.preference[t] * balanced;
     weighting.weights[t] = found_inf ? std::numeric_limits<Real>::quiet_NaN() : balanced;
   }
   return alpha;

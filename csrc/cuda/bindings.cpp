@@ -57,6 +57,20 @@ pybind11::dict combine_plan(int64_t T, int64_t P, int64_t state_bytes, int64_t s
   return shown;
 }
 
+pybind11::dict gram_plan(int64_t T, int64_t P, int64_t state_bytes, int64_t sms) {
+  const GramPlan plan = plan_gram(T, P, state_bytes, {sms, 0, true});
+  pybind11::dict shown;
+  shown["rows"] = plan.rows;
+  shown["tiles"] = plan.tiles;
+  shown["tiles_at_once"] = plan.tiles_at_once;
+  shown["unit_columns"] = unit_columns(state_bytes, gram_groups(plan.rows, state_bytes));
+  shown["units"] = plan.units;
+  shown["grid"] = plan.grid;
+  shown["threads"] = plan.threads;
+  shown["workspace"] = plan.workspace;
+  return shown;
+}
+
 // `segments`: (start, numel, first_chunk) of every slot; returns (first_slot, num_slots, first_chunk, num_chunks) of
 // every launch.
 std::vector<std::vector<int64_t>> ema_update_plan(const std::vector<std::vector<int64_t>>& segments,
@@ -86,6 +100,8 @@ PYBIND11_MODULE(_C_cuda, module) {
              py::arg("cooperative") = true);
   module.def("combine_plan", &cuda::combine_plan, "How combine would be launched.", py::arg("T"), py::arg("P"),
              py::kw_only(), py::arg("state_bytes") = 4, py::arg("sms"));
+  module.def("gram_plan", &cuda::gram_plan, "How gram would be launched.", py::arg("T"), py::arg("P"), py::kw_only(),
+             py::arg("state_bytes") = 4, py::arg("sms"));
   module.def("ema_update_plan", &cuda::ema_update_plan, "How ema_update_ would be launched.", py::arg("segments"),
              py::arg("slots"));
 }
@@ -93,5 +109,6 @@ PYBIND11_MODULE(_C_cuda, module) {
 DBMTL_LIBRARY_IMPL(DBMTL_DISPATCH_KEY, library) {
   library.impl("ema_update_.cuda", TORCH_BOX(&dbmtl_fused::cuda::ema_update_));
   library.impl("combine.cuda", TORCH_BOX(&dbmtl_fused::cuda::combine));
+  library.impl("gram.cuda", TORCH_BOX(&dbmtl_fused::cuda::gram));
   library.impl("balance_.cuda", TORCH_BOX(&dbmtl_fused::cuda::balance_));
 }

@@ -1,12 +1,16 @@
 // combine: squared norms to weights, and the weighted sum of the rows.
 //
-// Math      w_t = alpha / (sqrt(sq_norm_t) + eps);   out = scale * sum_t w_t ema[t]   (+ out if accumulate)
+// Math      w_t = preference_t alpha / (sqrt(sq_norm_t) + eps);   out = scale * sum_t w_t ema[t]   (+ out if
+//           accumulate);   out_sq_norm = sum_p out[p]^2
 // Traffic   fp32: 4 (T + 1) P bytes; 4P more if accumulate.
 // Parallel  a warp per unit of columns, units dealt to the blocks in turn; the first one's rows are on their way while
 //           the block works out the weights.
-// Sync      none across blocks: each works out all weights, block 0 writes them down.
-// Numerics  scale multiplies the weights, with one rounding; the rest in weights.cuh and weighted_sum.cuh.
-// Limits    ema and out must not overlap.
+// Sync      none but a counter of blocks done: each works out all weights, block 0 writes them down; the last block
+//           sums the blocks' squares and resets the counter.
+// Numerics  scale multiplies the weights, with one rounding; the rest in weights.cuh and weighted_sum.cuh. A thread's
+//           squares are summed with compensation, the blocks' in their order: bits of out_sq_norm depend on the grid
+//           and on how the rows are aligned, not on the run.
+// Limits    ema and out must not overlap; calls that share `arrivals` must follow one another.
 #include "launch.h"
 #include "weighted_sum.cuh"
 #include "weights.cuh"
@@ -32,18 +36,21 @@ struct Rows {
 // kTasks: T, or 0 for any.
 template <class State, int kTasks>
 __global__ __launch_bounds__(kCombineThreads, combine_blocks_per_sm(sizeof(State))) void combine_kernel(
-    const __grid_constant__ Combine<State> args, int64_t units, bool aligned, RealOf<State>* workspace) {
+    const __grid_constant__ Combine<State> args, int64_t units, bool aligned, RealOf<State>* workspace,
+    int32_t* arrivals) {
   using Real = RealOf<State>;
   using Sum = WeightedSum<State, (kTasks > 0 ? kTasks : kRowsInFlight<State>), combine_groups(kTasks), (kTasks > 0)>;
   __shared__ Real shared_weights[kSharedTasks];
   const int64_t T = kTasks > 0 ? kTasks : args.T, P = args.P;
-  Real* const weights = T <= kSharedTasks ? shared_weights : workspace + blockIdx.x * T;
+  Real* const partials = workspace;  // (grid,)
+  Real* const weights = T <= kSharedTasks ? shared_weights : workspace + gridDim.x + blockIdx.x * T;
 
   const int64_t step = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
   const int64_t aligned_units = aligned ? P / Sum::kUnit : 0;
   int64_t unit = blockIdx.x + static_cast<int64_t>(threadIdx.x / kWarp) * gridDim.x;
   const auto rows_of = [&](int64_t column) { return Rows<State>{args.ema + column, args.ema_stride}; };
   Sum sum;
+  CompensatedSum<Real> squares;
 
   bool loaded = unit < aligned_units;
   if (loaded) sum.template load<true>(T, P, unit * Sum::kUnit, 0, rows_of(unit * Sum::kUnit));
@@ -57,17 +64,28 @@ __global__ __launch_bounds__(kCombineThreads, combine_blocks_per_sm(sizeof(State
     const int64_t column = unit * Sum::kUnit;
     if (!loaded) sum.template load<true>(T, P, column, 0, rows_of(column));
     loaded = false;
-    sum.template finish<true>(T, P, column, weights, args.accumulate, args.out, args.out_dtype, rows_of(column));
+    squares +=
+        sum.template finish<true>(T, P, column, weights, args.accumulate, args.out, args.out_dtype, rows_of(column));
   }
 #pragma unroll 1
   for (; unit < units; unit += step)
 #pragma unroll 1
     for (int group = 0; group < combine_groups(kTasks); ++group) {
       const int64_t column = unit * Sum::kUnit + group * kSpan<State>;
-      WeightedSum<State, 4, 1, false> loose;
-      loose.template load<false>(T, P, column, 0, rows_of(column));
-      loose.template finish<false>(T, P, column, weights, args.accumulate, args.out, args.out_dtype, rows_of(column));
+      WeightedSum<State, 4, 1, false> loose;  // of args.T: where T is known, it takes more registers than there are
+      loose.template load<false>(args.T, P, column, 0, rows_of(column));
+      squares += loose.template finish<false>(args.T, P, column, weights, args.accumulate, args.out, args.out_dtype,
+                                              rows_of(column));
     }
+
+  const Real partial = block_sum<kCombineThreads>(squares.total);
+  if (threadIdx.x == 0) partials[blockIdx.x] = partial;
+  if (!arrive(arrivals)) return;
+  const Real sq_norm = sum_partials<kCombineThreads>(partials, gridDim.x);
+  if (threadIdx.x == 0) {
+    *args.out_sq_norm = sq_norm;
+    *arrivals = 0;
+  }
 }
 
 template <class State, int kTasks = combine_rows(kMaxCombineRows, sizeof(State))>
@@ -81,15 +99,15 @@ auto kernel_for(int rows) {
 
 template <class State>
 cudaError_t launch_combine(const Combine<State>& args, const CombinePlan& plan, RealOf<State>* workspace,
-                           cudaStream_t stream) {
+                           int32_t* arrivals, cudaStream_t stream) {
   const bool aligned = rows_are_aligned<State>(args.ema, sizeof(State), args.ema_stride, args.T) &&
                        rows_are_aligned<State>(args.out, size_of(args.out_dtype), 0, 1);
   return launch(plan.grid, plan.threads, 0, false, stream, kernel_for<State>(plan.rows), args, plan.units, aligned,
-                workspace);
+                workspace, arrivals);
 }
 
-template cudaError_t launch_combine(const Combine<float>&, const CombinePlan&, float*, cudaStream_t);
-template cudaError_t launch_combine(const Combine<double>&, const CombinePlan&, double*, cudaStream_t);
-template cudaError_t launch_combine(const Combine<BFloat16>&, const CombinePlan&, float*, cudaStream_t);
+template cudaError_t launch_combine(const Combine<float>&, const CombinePlan&, float*, int32_t*, cudaStream_t);
+template cudaError_t launch_combine(const Combine<double>&, const CombinePlan&, double*, int32_t*, cudaStream_t);
+template cudaError_t launch_combine(const Combine<BFloat16>&, const CombinePlan&, float*, int32_t*, cudaStream_t);
 
 }  // namespace dbmtl_fused::cuda

@@ -2,7 +2,8 @@
 //
 // A *span* is what one warp touches at a time: 32 * kColumns<State> columns, of which each lane has kColumns<State>.
 // With both sides aligned a lane's columns are adjacent and travel in words of up to 16 bytes; otherwise a lane's
-// columns are 32 apart, so that single elements still leave as whole cache lines. Both give every sum the same bits.
+// columns are 32 apart, so that single elements still leave as whole cache lines. Where no bit may depend on that,
+// columns move between lanes before they are added up (ema.cuh).
 #pragma once
 
 #include <cooperative_groups.h>
@@ -192,7 +193,8 @@ bool rows_are_aligned(const void* data, int64_t element_bytes, int64_t stride, i
 
 // --- Reductions, in an order that depends on nothing but the number of threads
 
-// A long sum of positive numbers, of which a plain one would lose the small (Kahan).
+// A long sum, of which a plain one would lose the small (Kahan): off by little more than one rounding of the sum of
+// absolute values. One that overflows is NaN.
 template <class Real>
 struct CompensatedSum {
   Real total = 0;
@@ -213,7 +215,23 @@ DBMTL_DEVICE Real warp_sum(Real value) {
   return value;
 }
 
-// Of all threads of the block, kThreads of them; only thread 0 gets it. May be called again after a __syncthreads().
+// The sums of kCount values each, a power of two, over all lanes. Lanes exchange halves of what they have: as many
+// shuffles as there are values, not five times as many. Lane l then has the sums from number l * kCount / kWarp on.
+template <int kCount, int kDistance = kWarp / 2, class Real, int kSize>
+DBMTL_DEVICE void warp_sums(Real (&values)[kSize]) {
+  constexpr int kHalf = kCount > 1 ? kCount / 2 : 0;
+  const bool upper = threadIdx.x & kDistance;
+#pragma unroll
+  for (int i = 0; i < (kHalf > 0 ? kHalf : 1); ++i) {
+    const Real sent = upper ? values[i] : values[i + kHalf];
+    if (upper) values[i] = values[i + kHalf];
+    values[i] += __shfl_xor_sync(kAllLanes, sent, kDistance);
+  }
+  if constexpr (kDistance > 1) warp_sums<(kHalf > 0 ? kHalf : 1), kDistance / 2>(values);
+}
+
+// Of all threads of the block, at most kThreads of them; only thread 0 gets it. May be called again after a
+// __syncthreads().
 template <int kThreads, class Real>
 DBMTL_DEVICE Real block_sum(Real value) {
   constexpr int kWarps = kThreads / kWarp;
@@ -223,8 +241,41 @@ DBMTL_DEVICE Real block_sum(Real value) {
   __syncthreads();
   Real total = 0;
   if (threadIdx.x == 0)
-    for (int warp = 0; warp < kWarps; ++warp) total += sums[warp];
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp)
+      if (warp * kWarp < blockDim.x) total += sums[warp];
   return total;
+}
+
+// Whether this block is the last one to come here. It sees what the others wrote before they came: their first threads,
+// or all of them before a barrier.
+DBMTL_DEVICE bool arrive(int32_t* arrivals) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();  // this block's partials before its arrival
+    last = atomicAdd(arrivals, 1) == static_cast<int32_t>(gridDim.x) - 1;
+    __threadfence();  // the others' arrivals before their partials
+  }
+  __syncthreads();
+  return last;
+}
+
+// Of what all blocks wrote, by one of at most kThreads threads; only thread 0 gets it.
+template <int kThreads, class Real>
+DBMTL_DEVICE Real sum_partials(const Real* partials, int64_t count) {
+  constexpr int kBatch = 8;
+  Real sum = 0;
+  for (int64_t first = threadIdx.x; first < count; first += kBatch * blockDim.x) {
+    Real values[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t c = first + i * static_cast<int64_t>(blockDim.x);
+      values[i] = c < count ? __ldcg(partials + c) : 0;  // past the first-level cache: other blocks wrote them
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum += values[i];
+  }
+  return block_sum<kThreads>(sum);
 }
 
 // Raises the flag if any lane of the warp asks for it.

@@ -1,9 +1,9 @@
 // ema_update_: one task's gradients, wherever they are, into its row of the EMA.
 //
-// Math      row = beta * row + (1 - beta) * (g * inv_scale), or row + (1 - beta) * ... if accumulate; the partials of
-//           the chunks touched; sq_norm = sum of all partials
-// Traffic   fp32: 12 bytes a column of the listed parameters (10 with 16-bit gradients), 24 a chunk for the table, and
-//           4C for the sum. Pointers travel with the launch.
+// Math      row = beta * row + (1 - beta) * (g * inv_scale), or row + (1 - beta) * ... if accumulate, or row if beta is
+//           1; the partials of the chunks touched; sq_norm = sum of all partials
+// Traffic   fp32: 12 bytes a column of the listed parameters (10 with 16-bit gradients, 8 if beta is 1), 24 a chunk for
+//           the table, and 4C for the sum. Pointers travel with the launch.
 // Parallel  a block per chunk of up to kChunk columns, a warp per span; no search: the table names a chunk's slot.
 // Sync      none but a counter of blocks done; the last block sums the partials and resets it.
 // Numerics  a chunk's partial depends on its columns alone, the sum on all partials in a fixed order: no bit depends on
@@ -123,7 +123,7 @@ DBMTL_DEVICE void update_chunk(const Parameters<State>& args, const Pointers<kSl
         span, kWarps, ceil_div(numel, kSpan<State>), numel, row, grads, coefficients, key, start,
         [](int64_t span) { return span * kSpan<State>; }, [](int64_t, const auto&) {}, sum);
   };
-  if (tag == kNone)
+  if (tag == kNone || beta == 1)  // not 0 * g: the gradient may be infinite
     update(NoGradient{});
   else
     with_element_type(static_cast<DType>(tag - kDType), update);
@@ -133,41 +133,12 @@ DBMTL_DEVICE void update_chunk(const Parameters<State>& args, const Pointers<kSl
   raise_flag(args.found_inf, !finite);
 }
 
-// Whether this block is the last one to come here.
-DBMTL_DEVICE bool arrive(int32_t* arrivals) {
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    __threadfence();  // this block's partial before its arrival
-    last = atomicAdd(arrivals, 1) == static_cast<int32_t>(gridDim.x) - 1;
-    __threadfence();  // the others' arrivals before their partials
-  }
-  __syncthreads();
-  return last;
-}
-
-template <class Real>
-DBMTL_DEVICE Real sum_partials(const Real* partials, int64_t C) {
-  constexpr int kBatch = 8;
-  Real sum = 0;
-  for (int64_t first = threadIdx.x; first < C; first += kBatch * kThreads) {
-    Real values[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t c = first + i * kThreads;
-      values[i] = c < C ? __ldcg(partials + c) : 0;  // past the first-level cache: other blocks wrote them
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) sum += values[i];
-  }
-  return block_sum<kThreads>(sum);
-}
-
 template <class State, int kSlots>
 __global__ __launch_bounds__(kThreads, kBlocksPerSm<State>) void ema_update_kernel(
     const __grid_constant__ Parameters<State> args, const __grid_constant__ Pointers<kSlots> pointers) {
   if (args.window.num_chunks > 0) update_chunk(args, pointers);
   if (!arrive(args.arrivals)) return;
-  const auto sum = sum_partials(args.partials, args.C);
+  const auto sum = sum_partials<kThreads>(args.partials, args.C);
   if (threadIdx.x == 0) {
     *args.sq_norm = sum;
     *args.arrivals = 0;

@@ -76,14 +76,16 @@ void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& gr
   });
 }
 
-void combine(const Tensor& ema, const Tensor& sq_norms, const Tensor& found_inf, const Tensor& scale,
-             StringHandle alpha, double alpha_constant, double eps, bool accumulate, const Tensor& out,
-             const Tensor& norms, const Tensor& weights, const Tensor& alpha_value) {
+void combine(const Tensor& ema, const Tensor& sq_norms, const std::optional<Tensor>& preference,
+             const Tensor& found_inf, const Tensor& scale, StringHandle alpha, double alpha_constant, double eps,
+             bool accumulate, const Tensor& out, const Tensor& norms, const Tensor& weights, const Tensor& alpha_value,
+             const Tensor& out_sq_norm, const Tensor& arrivals) {
   const Alpha mode = parse_alpha(alpha);
   check_matrix(ema, "ema");
   const int64_t T = ema.size(0), P = ema.size(1);
   check_vector(out, "out", P);
   const Checks checks(ema.device());
+  int32_t* const counter = checks.scalar<int32_t>(arrivals, "arrivals");
 
   with_state_type(ema, "ema", [&](auto element) {
     using State = decltype(element);
@@ -96,15 +98,38 @@ void combine(const Tensor& ema, const Tensor& sq_norms, const Tensor& found_inf,
     args.sq_norms = checks.vector<Real>(sq_norms, "sq_norms", T);
     args.found_inf = checks.scalar<float>(found_inf, "found_inf");
     args.scale = checks.scalar<Real>(scale, "scale");
-    args.weighting = checks.weighting_of<Real>(mode, alpha_constant, eps, norms, weights, T);
+    args.weighting = checks.weighting_of<Real>(mode, alpha_constant, eps, preference, norms, weights, T);
     args.accumulate = accumulate;
     args.out_dtype = checks.dtype_of(out, "out");
     args.out = out.data_ptr();
     args.alpha_value = checks.scalar<Real>(alpha_value, "alpha_value");
+    args.out_sq_norm = checks.scalar<Real>(out_sq_norm, "out_sq_norm");
     const DeviceOf device(ema);
     const CombinePlan plan = plan_combine(T, P, sizeof(State), properties_of(device));
     const Workspace workspace(weights, plan.workspace);
-    check(launch_combine(args, plan, workspace.data<Real>(), device.stream()), "combine");
+    check(launch_combine(args, plan, workspace.data<Real>(), counter, device.stream()), "combine");
+  });
+}
+
+void gram(const Tensor& ema, const Tensor& out, const Tensor& arrivals) {
+  check_matrix(ema, "ema");
+  const int64_t T = ema.size(0), P = ema.size(1);
+  const Checks checks(ema.device());
+  int32_t* const counter = checks.scalar<int32_t>(arrivals, "arrivals");
+
+  with_state_type(ema, "ema", [&](auto element) {
+    using State = decltype(element);
+    using Real = RealOf<State>;
+    Gram<State> args;
+    args.ema = checks.data_of<State>(ema, "ema");
+    args.ema_stride = ema.stride(0);
+    args.T = T;
+    args.P = P;
+    args.out = checks.square<Real>(out, "out", T);
+    const DeviceOf device(ema);
+    const GramPlan plan = plan_gram(T, P, sizeof(State), properties_of(device));
+    const Workspace workspace(out, plan.workspace);
+    check(launch_gram(args, plan, workspace.data<Real>(), counter, device.stream()), "gram");
   });
 }
 
@@ -133,7 +158,7 @@ void balance_(const Tensor& ema, const Tensor& grads, const Tensor& beta, const 
     args.P = P;
     args.beta = checks.scalar<Real>(beta, "beta");
     args.seed = checks.seed_of(seed, ema, "ema");
-    args.weighting = checks.weighting_of<Real>(mode, alpha_constant, eps, norms, weights, T);
+    args.weighting = checks.weighting_of<Real>(mode, alpha_constant, eps, std::nullopt, norms, weights, T);
     args.out_dtype = checks.dtype_of(out, "out");
     args.out = out.data_ptr();
     args.found_inf = checks.scalar<float>(found_inf, "found_inf");

@@ -20,9 +20,12 @@ void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& gr
                  const Tensor& found_inf, const Tensor& arrivals, bool accumulate);
 
 // `alpha` is an owned handle: unboxing to std::string leaks the string (torch 2.11 to 2.13).
-void combine(const Tensor& ema, const Tensor& sq_norms, const Tensor& found_inf, const Tensor& scale,
-             StringHandle alpha, double alpha_constant, double eps, bool accumulate, const Tensor& out,
-             const Tensor& norms, const Tensor& weights, const Tensor& alpha_value);
+void combine(const Tensor& ema, const Tensor& sq_norms, const std::optional<Tensor>& preference,
+             const Tensor& found_inf, const Tensor& scale, StringHandle alpha, double alpha_constant, double eps,
+             bool accumulate, const Tensor& out, const Tensor& norms, const Tensor& weights, const Tensor& alpha_value,
+             const Tensor& out_sq_norm, const Tensor& arrivals);
+
+void gram(const Tensor& ema, const Tensor& out, const Tensor& arrivals);
 
 void balance_(const Tensor& ema, const Tensor& grads, const Tensor& beta, const std::optional<Tensor>& seed,
               StringHandle alpha, double alpha_constant, double eps, const Tensor& out, const Tensor& norms,

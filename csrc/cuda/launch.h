@@ -20,10 +20,14 @@ struct Chunks {
 template <class State>
 cudaError_t launch_ema_update(const EmaUpdate<State>& args, const Chunks& chunks, cudaStream_t stream);
 
-// `workspace` has as many numbers as the plan says, in any state.
+// `workspace` has as many numbers as the plan says, in any state; `arrivals`, on the device, is 0.
 template <class State>
 cudaError_t launch_combine(const Combine<State>& args, const CombinePlan& plan, RealOf<State>* workspace,
-                           cudaStream_t stream);
+                           int32_t* arrivals, cudaStream_t stream);
+
+template <class State>
+cudaError_t launch_gram(const Gram<State>& args, const GramPlan& plan, RealOf<State>* workspace, int32_t* arrivals,
+                        cudaStream_t stream);
 
 template <class State>
 cudaError_t launch_balance(const Balance<State>& args, const BalancePlan& plan, RealOf<State>* workspace,

@@ -54,7 +54,20 @@ CombinePlan plan_combine(int64_t T, int64_t P, int64_t state_bytes, const Device
   plan.units = ceil_div(P, unit_columns(state_bytes, combine_groups(plan.rows)));
   plan.grid = std::clamp<int64_t>(plan.units, 1, device.sms * combine_blocks_per_sm(state_bytes));
   plan.threads = threads_for(plan.units, plan.grid, kCombineThreads);
-  plan.workspace = weights_in_workspace(T, plan.grid);
+  plan.workspace = plan.grid + weights_in_workspace(T, plan.grid);
+  return plan;
+}
+
+GramPlan plan_gram(int64_t T, int64_t P, int64_t state_bytes, const Device& device) {
+  GramPlan plan;
+  plan.rows = gram_rows(T, state_bytes);
+  const int64_t blocks = ceil_div(T, plan.rows), warps = gram_threads(plan.rows) / kWarp;
+  plan.tiles = blocks * (blocks + 1) / 2;
+  plan.tiles_at_once = static_cast<int>(ceil_div(plan.tiles, ceil_div(plan.tiles, warps)));
+  plan.units = ceil_div(P, unit_columns(state_bytes, gram_groups(plan.rows, state_bytes)));
+  plan.grid = std::clamp<int64_t>(plan.units, 1, device.sms);
+  plan.threads = static_cast<int>(warps / plan.tiles_at_once * plan.tiles_at_once) * kWarp;
+  plan.workspace = plan.tiles * gram_entries(plan.rows) * plan.grid;
   return plan;
 }
 

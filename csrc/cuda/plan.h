@@ -62,6 +62,41 @@ struct CombinePlan {
 
 CombinePlan plan_combine(int64_t T, int64_t P, int64_t state_bytes, const Device& device);
 
+// --- gram
+
+// `out` is made of tiles, those of its upper triangle: a block of rows against another or itself. Rows of a block, for
+// which the kernel is compiled: T itself if it is small, else what leaves room for a sum of every entry of a tile.
+constexpr int64_t kMaxSmallGram = 4;
+constexpr int max_gram_rows(int64_t state_bytes) { return state_bytes == 4 ? 8 : 4; }
+constexpr int gram_rows(int64_t T, int64_t state_bytes) {
+  return T <= kMaxSmallGram ? static_cast<int>(T) : max_gram_rows(state_bytes);
+}
+constexpr int gram_groups(int rows, int64_t state_bytes) {
+  return rows <= 2 ? 4 : rows < max_gram_rows(state_bytes) ? 2 : 1;
+}
+
+// One block on each multiprocessor; with more rows, more registers for every thread.
+constexpr int gram_threads(int rows) { return rows <= 4 ? 512 : 384; }
+
+// Entries of a tile, and what fills them up to a power of two.
+constexpr int gram_entries(int rows) {
+  int entries = 1;
+  while (entries < rows * rows) entries *= 2;
+  return entries;
+}
+
+struct GramPlan {
+  int rows;
+  int64_t tiles;
+  int tiles_at_once;  // in one pass over all columns, each of which is as many warps' as a block has room for
+  int64_t units;
+  int64_t grid;
+  int threads;
+  int64_t workspace;  // numbers
+};
+
+GramPlan plan_gram(int64_t T, int64_t P, int64_t state_bytes, const Device& device);
+
 // --- balance_
 
 // Registers of half a multiprocessor's threads: as many bytes in flight as a full one could have, and no spills.

@@ -1,6 +1,6 @@
 // Weighted sum of the rows, for one unit of columns: combine, and phase 2 of balance_.
 //
-// Math      out[p] = (out[p] if accumulate else 0) + sum_t weights[t] * rows[t, p]
+// Math      out[p] = (out[p] if accumulate else 0) + sum_t weights[t] * rows[t, p];   sum_p out[p]^2, before rounding
 // Numerics  products and sums round one by one in Real, in task order, then once to out's type: bit for bit the
 //           reference.
 #pragma once
@@ -35,9 +35,10 @@ struct WeightedSum {
     }
   }
 
-  // After the first rows of the columns from `column` on were loaded: the rest, and out.
+  // After the first rows of the columns from `column` on were loaded: the rest, and out. Returns the sum of this lane's
+  // squares.
   template <bool kAligned, class Read>
-  DBMTL_DEVICE void finish(int64_t T, int64_t P, int64_t column, const Real* weights, bool accumulate, void* out,
+  DBMTL_DEVICE Real finish(int64_t T, int64_t P, int64_t column, const Real* weights, bool accumulate, void* out,
                            DType out_dtype, const Read& read) {
     Real sums[kGroups][kCount] = {};
     char* const columns = static_cast<char*>(out) + column * size_of(out_dtype);
@@ -62,6 +63,12 @@ struct WeightedSum {
       add(T, first, weights, sums);
     }
 
+    Real squares = 0;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) squares += sums[group][i] * sums[group][i];  // 0 beyond the last column
+
     with_element_type(out_dtype, [&](auto element) {
       using Out = decltype(element);
 #pragma unroll
@@ -73,6 +80,8 @@ struct WeightedSum {
             .template store<Cache::kEvictFirst>(reinterpret_cast<Out*>(columns) + group * kSpan<State>, result);
       }
     });
+
+    return squares;
   }
 
  private:

@@ -104,7 +104,7 @@ void test_balance(int64_t T, int64_t P, int64_t padding, int64_t offset, bool co
                             P,
                             &beta,
                             kIsRounded<State> ? &seed : nullptr,
-                            {Alpha::kMax, 0, 1e-8, norms.data, weights.data},
+                            {Alpha::kMax, 0, 1e-8, nullptr, norms.data, weights.data},
                             out.data,
                             kDTypeOf<Real>,
                             &found_inf};
@@ -139,11 +139,16 @@ void test_combine(int64_t T, int64_t P, int64_t offset, Alpha alpha, bool accumu
   const std::string name = "combine T=" + std::to_string(T) + " P=" + std::to_string(P) + " offset " +
                            std::to_string(offset) + " alpha " + std::to_string(static_cast<int>(alpha));
   Array<State> ema(T * P, offset);
-  Array<Real> sq_norms(T), norms(T), weights(T), out(P, offset);
-  for (int64_t t = 0; t < T; ++t) sq_norms.data[t] = static_cast<Real>(1 + (t * 7) % T);
+  Array<Real> sq_norms(T), preference(T), norms(T), weights(T), out(P, offset);
+  for (int64_t t = 0; t < T; ++t) {
+    sq_norms.data[t] = static_cast<Real>(1 + (t * 7) % T);
+    preference.data[t] = static_cast<Real>(t % 3);
+  }
+  const bool prefers = P % 2 == 1;
   const Real scale = 2;
-  Real alpha_value;
+  Real alpha_value, out_sq_norm;
   const float found_inf = 0;
+  int32_t arrivals = 0;
   const std::vector<double> before = out.values(), m = ema.values();
   const CombinePlan plan = plan_combine(T, P, sizeof(State), kDevice);
   Array<Real> workspace(plan.workspace);
@@ -154,31 +159,73 @@ void test_combine(int64_t T, int64_t P, int64_t offset, Alpha alpha, bool accumu
                             sq_norms.data,
                             &found_inf,
                             &scale,
-                            {alpha, 3, 1e-8, norms.data, weights.data},
+                            {alpha, 3, 1e-8, prefers ? preference.data : nullptr, norms.data, weights.data},
                             accumulate,
                             out.data,
                             kDTypeOf<Real>,
-                            &alpha_value};
-  expect(launch_combine(args, plan, workspace.data, nullptr) == cudaSuccess, name + ": launch");
+                            &alpha_value,
+                            &out_sq_norm};
+  expect(launch_combine(args, plan, workspace.data, &arrivals, nullptr) == cudaSuccess, name + ": launch");
+  expect(arrivals == 0, name + ": arrivals");
 
-  std::vector<double> norm(T);
-  for (int64_t t = 0; t < T; ++t) norm[t] = std::sqrt(sq_norms.data[t]);
-  std::vector<double> ordered = norm;
-  std::sort(ordered.begin(), ordered.end());
+  std::vector<double> norm(T), ordered;
   double mean = 0;
-  for (double value : norm) mean += value / static_cast<double>(T);
-  const double expected[] = {ordered[T - 1], ordered[0], mean, (ordered[(T - 1) / 2] + ordered[T / 2]) / 2, 3, 1};
-  const double exact = expected[static_cast<int>(alpha)];
+  for (int64_t t = 0; t < T; ++t) {
+    norm[t] = std::sqrt(sq_norms.data[t]);
+    if (prefers && preference.data[t] == 0) continue;
+    ordered.push_back(norm[t]);
+    mean += norm[t];
+  }
+  std::sort(ordered.begin(), ordered.end());
+  const size_t number = ordered.size();
+  double exact = alpha == Alpha::kConstant ? 3 : alpha == Alpha::kNone ? 1 : 0;
+  if (number > 0 && exact == 0) {
+    const double median = (ordered[(number - 1) / 2] + ordered[number / 2]) / 2;
+    const double expected[] = {ordered[number - 1], ordered[0], mean / static_cast<double>(number), median};
+    exact = expected[static_cast<int>(alpha)];
+  }
   expect(std::abs(alpha_value - exact) <= 1e-5 * exact, name + ": alpha");
+  double square = 0;
   for (int64_t p = 0; p < P; ++p) {
     double sum = accumulate ? before[p] : 0, size = std::abs(sum);
     for (int64_t t = 0; t < T; ++t) {
-      const double term = 2 * (alpha == Alpha::kNone ? 1 : exact / (norm[t] + 1e-8)) * m[t * P + p];
+      const double balanced = alpha == Alpha::kNone ? 1 : exact / (norm[t] + 1e-8);
+      const double term = 2 * balanced * (prefers ? preference.data[t] : 1) * m[t * P + p];
       sum += term;
       size += std::abs(term);
     }
+    square += sum * sum;
     expect(std::abs(out.data[p] - sum) <= 1e-5 * size, name + ": out");
   }
+  expect(std::abs(out_sq_norm - square) <= 1e-4 * square, name + ": out_sq_norm");
+}
+
+template <class State>
+void test_gram(int64_t T, int64_t P, int64_t padding, int64_t offset) {
+  using Real = RealOf<State>;
+  const std::string name = "gram T=" + std::to_string(T) + " P=" + std::to_string(P) + " padding " +
+                           std::to_string(padding) + " offset " + std::to_string(offset);
+  const int64_t stride = P + padding;
+  Array<State> ema(T * stride - padding, offset);
+  Array<Real> out(T * T);
+  int32_t arrivals = 0;
+  const GramPlan plan = plan_gram(T, P, sizeof(State), kDevice);
+  Array<Real> workspace(plan.workspace);
+  const Gram<State> args{ema.data, stride, T, P, out.data};
+  expect(launch_gram(args, plan, workspace.data, &arrivals, nullptr) == cudaSuccess, name + ": launch");
+  expect(arrivals == 0, name + ": arrivals");
+
+  const std::vector<double> m = ema.values();
+  for (int64_t s = 0; s < T; ++s)
+    for (int64_t t = 0; t < T; ++t) {
+      double sum = 0, size = 0;
+      for (int64_t p = 0; p < P; ++p) {
+        const double product = m[s * stride + p] * m[t * stride + p];
+        sum += product;
+        size += std::abs(product);
+      }
+      expect(std::abs(out.data[s * T + t] - sum) <= 1e-5 * size, name + ": out");
+    }
 }
 
 template <class State, class Grad>
@@ -250,7 +297,10 @@ void test_state() {
   test_balance<State, float>(3, 1027, 1, 0, false);
   test_balance<State, float>(300, 130, 6, 0, true);
   for (int alpha = 0; alpha < 6; ++alpha) test_combine<State>(5, 1027, 0, static_cast<Alpha>(alpha), alpha % 2 == 0);
-  for (int64_t T : {1, 2, 8, 9, 300}) test_combine<State>(T, 513, T % 2, Alpha::kMedian, T % 2 == 0);
+  for (int64_t T : {1, 2, 8, 9, 300}) test_combine<State>(T, 513 + T % 2, T % 2, Alpha::kMedian, T % 2 == 0);
+  test_gram<State>(3, 1027, 5, 0);
+  test_gram<State>(5, 1027, 1, 1);
+  test_gram<State>(50, 140, 4, 0);
   const std::vector<int64_t> numels = {5, 4097, 0, 300, 1, 9000, 256, 77};
   test_ema_update<State, float>(numels, 0, 256);
   test_ema_update<State, BFloat16>(numels, 1, 256);

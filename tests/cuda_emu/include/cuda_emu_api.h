@@ -60,8 +60,12 @@ void __stcs(T* p, T v) {
 }
 inline unsigned __float_as_uint(float f) { return cuda_emu::unbits<unsigned>(cuda_emu::bits(f)); }
 inline float __uint_as_float(unsigned u) { return cuda_emu::unbits<float>(cuda_emu::bits(u)); }
+using std::copysign;
+using std::fabs;
+using std::fma;
 using std::isfinite;
 using std::isnan;
+using std::signbit;
 using std::sqrt;
 // ---- runtime API ---------------------------------------------------------------------------------------------
 using cudaStream_t = struct CUstream_st*;
