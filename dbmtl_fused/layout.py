@@ -171,6 +171,8 @@ def check_params(named_params: Sequence[tuple[str, Tensor]]) -> None:
             raise TypeError(f"shared parameter {name!r} is partitioned by DeepSpeed ZeRO, which is not supported")
         if getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter":
             raise TypeError(f"shared parameter {name!r} is an FSDP1 FlatParameter, which is not supported")
+        if getattr(p, "_fsdp_flattened", False):  # with use_orig_params
+            raise TypeError(f"shared parameter {name!r} is a part of an FSDP1 FlatParameter, which is not supported")
         if type(p).__name__ == "DTensor" or hasattr(p, "device_mesh"):
             raise TypeError(
                 f"shared parameter {name!r} is a DTensor (FSDP2, tensor parallel), which is not supported yet"

@@ -68,7 +68,8 @@ def relative_error(value: Any, expected: Any) -> float:
 class Algorithm1:
     """The paper's algorithm in the oracle's precision, on gradients that autograd gives for one task at a time.
 
-    :param options: As of the balancer it stands beside: ``beta``, ``beta_sigma``, ``alpha``, ``log_losses``.
+    :param options: As of the balancer it stands beside: ``beta``, ``beta_sigma``, ``alpha``, ``log_losses``,
+        ``preference``.
     """
 
     def __init__(self, params: Iterator[Tensor] | Sequence[Tensor], **options: Any) -> None:
@@ -77,25 +78,35 @@ class Algorithm1:
         self.log_losses, alpha = options.get("log_losses", True), options.get("alpha", "max")
         self.alpha = "none" if alpha is None else alpha if isinstance(alpha, str) else "constant"
         self.constant = alpha if self.alpha == "constant" else 1.0
+        self.preference = options.get("preference")
         self.k, self.ema = 0, oracle.real(0.0)
 
-    def step(self, *micro_batches: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+    def step(self, *micro_batches: Sequence[Tensor | None]) -> np.ndarray[Any, Any]:
         """Take a step on the losses of one batch or several, whose graphs are kept; return the shared gradient, flat.
 
-        An entry of the EMA whose update is not finite stays as it was; such a step returns NaN and does not count.
+        A task with None keeps its row and takes no part. An entry of the EMA whose update is not finite stays as it
+        was; such a step returns NaN and does not count.
         """
         task_grads = np.mean([self._task_grads(losses) for losses in micro_batches], axis=0)
+        there = np.array([loss is not None for loss in micro_batches[0]])
         beta_k = oracle.real(self.beta) / oracle.real(self.k + 1) ** oracle.real(self.beta_sigma)
-        ema = np.broadcast_to(self.ema, task_grads.shape)
-        self.ema, found_inf = oracle.ema_update(ema, task_grads, beta_k)
+        before = np.broadcast_to(self.ema, task_grads.shape)
+        updated, found_inf = oracle.ema_update(before, task_grads, beta_k)
+        self.ema = np.where(there[:, None], updated, before)
         if found_inf:
             return np.full(task_grads.shape[1], np.nan)
         self.k += 1
-        return oracle.combine(self.ema, oracle.row_norms(self.ema), self.alpha, self.constant).out
+        preference = there * (1.0 if self.preference is None else np.array(self.preference))
+        norms = oracle.row_norms(self.ema)
+        self.balanced = oracle.combine(self.ema, norms, self.alpha, self.constant, preference=preference)
+        return self.balanced.out
 
-    def _task_grads(self, losses: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+    def _task_grads(self, losses: Sequence[Tensor | None]) -> np.ndarray[Any, Any]:
         rows = []
         for loss in losses:
+            if loss is None:
+                rows.append(oracle.real(flat([None] * len(self.params), self.params)))
+                continue
             grads = torch.autograd.grad(loss, self.params, retain_graph=True, allow_unused=True)
             rows.append(oracle.real(flat(grads, self.params)))
             if self.log_losses:

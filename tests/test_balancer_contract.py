@@ -441,7 +441,8 @@ def test_beta_zero_keeps_no_buffer(backend: str, rng: Rng) -> None:
     assert balancer.ema == {}
     balancer.backward(net.batch_losses(rng))
     held = [value.numel() for value in vars(balancer._rows).values() if isinstance(value, Tensor)]
-    assert sum(held) == balancer.layout.P + balancer.layout.num_chunks + 1  # scratch row, partial sums, a counter
+    T, layout = 3, balancer.layout
+    assert sum(held) == layout.P + layout.num_chunks + T + 2  # scratch row, partial sums, norms, a counter, a one
 
 
 def test_accumulation_into_a_grad_of_another_layout(backend: str, rng: Rng) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from small_models import make_net
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from dbmtl_fused import DBMTL
 
@@ -19,6 +23,49 @@ Rng = np.random.Generator
 
 def parameter(*shape: int, **options: Any) -> nn.Parameter:
     return nn.Parameter(torch.ones(*shape, **options))
+
+
+def exactly(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+@contextmanager
+def grads_unchanged(params: Iterable[Tensor]) -> Iterator[None]:
+    """``.grad`` stays what and where it was, and no hook is left behind."""
+    params = list(params)
+    before = [(p.grad, None if p.grad is None else p.grad.clone()) for p in params]
+    yield
+    for p, (grad, values) in zip(params, before, strict=True):
+        assert p.grad is grad
+        assert grad is None or torch.equal(grad, values)
+        p.grad = None
+        p.sum().backward()
+        assert torch.equal(p.grad, torch.ones_like(p)), "a hook took this gradient"
+        p.grad = grad
+
+
+@contextmanager
+def unchanged(balancer: DBMTL, params: Iterable[Tensor]) -> Iterator[None]:
+    """And the balancer stays as it was, too."""
+
+    def state() -> list[Tensor]:
+        return [*balancer.ema.values(), balancer.step, balancer.norms, balancer.weights, balancer.alpha_value]
+
+    before = [value.clone() for value in state()]
+    with grads_unchanged(params):
+        yield
+    for value, old in zip(state(), before, strict=True):
+        torch.testing.assert_close(value, old, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_must_be_reset(balancer: DBMTL, params: Iterable[Tensor], losses: list[Tensor], reason: str) -> None:
+    """The next step is refused and says why; after a reset it is taken."""
+    expected = f"the balancer's state is incomplete: {reason}; call reset() or load_state_dict() before the next step"
+    with unchanged(balancer, params), pytest.raises(RuntimeError, match=exactly(expected)):
+        balancer.backward(losses)
+    balancer.reset()
+    balancer.backward(losses)
+    assert balancer.step == 1
 
 
 CONSTRUCTION: dict[str, tuple[Callable[[], DBMTL], type[Exception], str]] = {
@@ -164,11 +211,15 @@ def test_sharded_parameters_are_refused_by_name(mark: str, message: str) -> None
 
 a, b = "a", "b"
 LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
-    "too few": (lambda l: [l], ValueError, "losses must hold one loss per task, 2 (a, b), got 1"),
-    "unknown and missing name": (
+    "too few": (
+        lambda l: [l],
+        ValueError,
+        "losses must hold one loss per task, 2 (a, b), got 1; None stands for a task that is not there",
+    ),
+    "unknown name": (
         lambda l: {"a": l, "c": l},
         ValueError,
-        "losses must have the keys ['a', 'b']; missing ['b'], unknown ['c']",
+        "losses must have keys out of ['a', 'b'], unknown ['c']",
     ),
     "not iterable": (lambda l: 3, TypeError, "losses must be a sequence, a mapping or a tensor, got int"),
     "a float": (lambda l: [l, 1.0], TypeError, "loss of task 'b' must be a floating-point tensor, got float"),
@@ -215,11 +266,10 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
 def test_losses(losses: Callable[[Tensor], Any], kind: type[Exception], message: str, drop_in: bool) -> None:
     p = parameter(2)
     balancer = DBMTL([p], task_names=["a", "b"])
+    balancer.backward([p.sum(), 2 * p.sum()])
     run = balancer if drop_in else balancer.backward
-    with pytest.raises(kind, match="^" + re.escape(message) + "$"):
+    with unchanged(balancer, [p]), pytest.raises(kind, match=exactly(message)):
         run(losses(p.sum()))
-    assert p.grad is None
-    assert balancer.step == 0
     balancer.backward([p.sum(), p.sum()])  # usable as before
 
 
@@ -231,87 +281,157 @@ def test_negative_losses_are_fine_without_the_log(rng: Rng) -> None:
     assert p.grad.isfinite().all()
 
 
-# --- Using a balancer that cannot be used
+# --- Using a balancer that cannot be used: found before the first backward pass, nothing has changed
 
 
-def test_a_task_that_reaches_no_shared_parameter_is_named(backend: str) -> None:
+def stepped(shared: nn.Module) -> DBMTL:
+    """A balancer of one task that has taken a step."""
+    balancer = DBMTL(shared, num_tasks=1)
+    balancer.backward([sum(p.square().sum() for p in shared.parameters() if p.requires_grad)])
+    return balancer
+
+
+def test_a_balancer_built_before_the_model_was_converted_is_stale() -> None:
+    layer = nn.Linear(2, 3)
+    balancer = stepped(layer)
+    layer.half()
+    expected = (
+        "the balancer is stale: shared parameter 'weight' was (3, 2) torch.float32 on cpu when it was built and is "
+        "(3, 2) torch.float16 on cpu now; build it after moving or converting the model"
+    )
+    with unchanged(balancer, layer.parameters()), pytest.raises(RuntimeError, match=exactly(expected)):
+        balancer.backward([layer.weight.float().square().sum()])
+    layer.float()
+    balancer.backward([layer.weight.square().sum()])
+
+
+def test_a_parameter_unfrozen_after_the_balancer_was_built_is_named() -> None:
+    layer = nn.Linear(2, 3)
+    layer.bias.requires_grad_(False)
+    balancer = stepped(layer)
+    layer.bias.requires_grad_(True)
+    expected = (
+        "the balancer is stale: shared parameter 'bias' was frozen when it was built and requires grad now; build it "
+        "anew, or unfreeze before building"
+    )
+    with unchanged(balancer, layer.parameters()), pytest.raises(RuntimeError, match=exactly(expected)):
+        balancer.backward([layer.weight.square().sum()])
+
+
+def test_an_optimizer_in_the_backward_pass_is_refused_by_name() -> None:
+    layer = nn.Linear(2, 3)
+    balancer = stepped(layer)
+    handle = layer.bias.register_post_accumulate_grad_hook(lambda p: None)
+    expected = (
+        "shared parameter 'bias' has a post-accumulate-grad hook (an optimizer in the backward pass?), which would see "
+        "the gradients of single tasks; remove it"
+    )
+    with unchanged(balancer, layer.parameters()), pytest.raises(RuntimeError, match=exactly(expected)):
+        balancer.backward([layer.weight.square().sum()])
+    handle.remove()
+    balancer.backward([layer.weight.square().sum()])
+
+
+@pytest.fixture
+def _one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_a_live_ddp_module_is_refused() -> None:
+    layer = nn.Linear(2, 3)
+    ddp = nn.parallel.DistributedDataParallel(layer)
+    balancer = DBMTL(layer, num_tasks=1)
+    expected = (
+        "shared parameter 'weight' belongs to a DistributedDataParallel module: several backward passes over one DDP "
+        "forward desynchronise the ranks; use the module without DDP"
+    )
+    for run in (balancer.backward, balancer):
+        losses = [ddp(torch.ones(1, 2)).square().sum()]
+        with unchanged(balancer, layer.parameters()), pytest.raises(RuntimeError, match=exactly(expected)):
+            run(losses)
+    other = nn.Linear(2, 3)
+    DBMTL(other, num_tasks=1).backward([other(torch.ones(1, 2)).square().sum()])
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_fsdp1_is_refused_by_name(use_orig_params: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    layer = FullyShardedDataParallel(nn.Linear(2, 3), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    expected = "^shared parameter '_fsdp_wrapped_module.*' is .*an FSDP1 FlatParameter, which is not supported$"
+    with pytest.raises(TypeError, match=expected):
+        DBMTL(layer, num_tasks=1)
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_fsdp2_is_refused_by_name() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layer = nn.Linear(2, 3)
+    before = DBMTL(layer, num_tasks=1)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    expected = "shared parameter 'weight' is a DTensor (FSDP2, tensor parallel), which is not supported yet"
+    with pytest.raises(TypeError, match=exactly(expected)):
+        DBMTL(layer, num_tasks=1)
+    with pytest.raises(RuntimeError, match=exactly(REACHES_NOTHING.format("0"))):
+        before.backward([layer(torch.ones(1, 2)).square().sum()])
+
+
+# --- Failures inside a backward pass: ``.grad`` and hooks are as before, and a reset must follow
+
+
+REACHES_NOTHING = (
+    "the loss of task {!r} reaches no shared parameter; if it should, the balancer is stale (was it built before "
+    "parameters were replaced, by fully_shard, weight_norm or to_empty?)"
+)
+
+
+@pytest.mark.parametrize("bucket_bytes", [None, 64])
+def test_a_task_that_reaches_no_shared_parameter_is_named(backend: str, bucket_bytes: int | None) -> None:
     p, q = parameter(2), parameter(2)
-    balancer = DBMTL([p], task_names=["a", "b"], backend=backend)
-    with pytest.raises(RuntimeError, match="the loss of task 'b' reaches no shared parameter"):
+    p.grad = torch.full_like(p, 3)
+    balancer = DBMTL([p], task_names=["a", "b"], backend=backend, bucket_bytes=bucket_bytes)
+    message = REACHES_NOTHING.format("b")
+    with grads_unchanged([p]), pytest.raises(RuntimeError, match=exactly(message)):
         balancer.backward([p.sum(), q.sum()])
-    assert p.grad is None
-    with pytest.raises(
-        RuntimeError, match=r"state is incomplete: .*task 'b' failed.* call reset\(\) or load_state_dict"
-    ):
-        balancer.backward([p.sum(), p.sum()])
-    balancer.reset()
-    balancer.backward([p.sum(), p.sum()])
+    reason = f"the backward pass of task 'b' failed (RuntimeError: {message})"
+    assert_must_be_reset(balancer, [p], [p.sum(), p.sum()], reason)
+
+
+def test_a_balancer_built_before_weight_norm_is_stale() -> None:
+    layer = nn.Linear(2, 3, bias=False)
+    shared, balancer = [layer.weight], stepped(layer)
+    weight_norm(layer)
+    with grads_unchanged(shared), pytest.raises(RuntimeError, match=exactly(REACHES_NOTHING.format("0"))):
+        balancer.backward([layer(torch.ones(1, 2)).square().sum()])
+
+
+@pytest.mark.parametrize("bucket_bytes", [None, 64])
+def test_sparse_gradients_are_refused_by_name(backend: str, bucket_bytes: int | None) -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    table.weight.grad = torch.ones_like(table.weight)
+    balancer = DBMTL(table, num_tasks=1, backend=backend, bucket_bytes=bucket_bytes)
+    message = "gradient of 'weight' must be dense and real, got a sparse_coo one"
+    with grads_unchanged([table.weight]), pytest.raises(TypeError, match=exactly(message)):
+        balancer.backward([table(torch.tensor([1, 2])).square().sum()])
+    reason = f"the backward pass of task '0' failed (TypeError: {message})"
+    assert_must_be_reset(balancer, [table.weight], [table.weight.square().sum()], reason)
 
 
 def test_a_loaded_state_makes_a_failed_balancer_usable() -> None:
     p, q = parameter(2), parameter(2)
     balancer = DBMTL([p], num_tasks=1)
     state = balancer.state_dict()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="reaches no shared parameter"):
         balancer.backward([q.sum()])
     balancer.load_state_dict(state)
     balancer.backward([p.sum()])
-
-
-def test_a_balancer_built_before_the_model_was_converted_is_stale() -> None:
-    layer = nn.Linear(2, 3)
-    balancer = DBMTL(layer, num_tasks=1)
-    layer.half()
-    expected = (
-        "the balancer is stale: shared parameter 'weight' was (3, 2) torch.float32 on cpu when it was built and is "
-        "(3, 2) torch.float16 on cpu now; build it after moving or converting the model"
-    )
-    with pytest.raises(RuntimeError, match=re.escape(expected)):
-        balancer.backward([layer.weight.float().square().sum()])
-
-
-def test_a_parameter_unfrozen_after_the_balancer_was_built_is_named() -> None:
-    layer = nn.Linear(2, 3)
-    layer.bias.requires_grad_(False)
-    balancer = DBMTL(layer, num_tasks=1)
-    balancer.backward([layer.weight.square().sum()])
-    layer.bias.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="stale: shared parameter 'bias' was frozen when it was built"):
-        balancer.backward([layer.weight.square().sum()])
-
-
-def test_an_optimizer_in_the_backward_pass_is_refused_by_name() -> None:
-    layer = nn.Linear(2, 3)
-    balancer = DBMTL(layer, num_tasks=1)
-    handle = layer.bias.register_post_accumulate_grad_hook(lambda p: None)
-    with pytest.raises(RuntimeError, match="shared parameter 'bias' has a post-accumulate-grad hook"):
-        balancer.backward([layer.weight.square().sum()])
-    handle.remove()
-    balancer.backward([layer.weight.square().sum()])
-
-
-def test_sparse_gradients_are_refused_by_name(backend: str) -> None:
-    table = nn.Embedding(5, 3, sparse=True)
-    for bucket_bytes in (None, 64):
-        balancer = DBMTL(table, num_tasks=1, backend=backend, bucket_bytes=bucket_bytes)
-        with pytest.raises(TypeError, match="gradient of 'weight' must be dense and real, got a sparse_coo one"):
-            balancer.backward([table(torch.tensor([1, 2])).square().sum()])
-        assert table.weight.grad is None
-
-
-def test_a_live_ddp_module_is_refused(tmp_path: Any) -> None:
-    import torch.distributed as dist
-
-    layer = nn.Linear(2, 3)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        ddp = nn.parallel.DistributedDataParallel(layer)
-        with pytest.raises(RuntimeError, match="shared parameter 'weight' belongs to a DistributedDataParallel module"):
-            DBMTL(layer, num_tasks=1).backward([ddp(torch.ones(1, 2)).square().sum()])
-        other = nn.Linear(2, 3)
-        DBMTL(other, num_tasks=1).backward([other(torch.ones(1, 2)).square().sum()])
-    finally:
-        dist.destroy_process_group()
 
 
 # --- The drop-in loss
@@ -320,13 +440,15 @@ def test_a_live_ddp_module_is_refused(tmp_path: Any) -> None:
 def test_create_graph_raises_and_changes_nothing(backend: str, rng: Rng) -> None:
     net = make_net()
     balancer = DBMTL(net.encoder, num_tasks=3, backend=backend)
+    balancer.backward(net.batch_losses(rng))
     loss = balancer(net.batch_losses(rng))
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice: create_graph=True is not supported"):
+    expected = "the balanced loss cannot be differentiated twice: create_graph=True is not supported"
+    with unchanged(balancer, net.parameters()), pytest.raises(RuntimeError, match=exactly(expected)):
+        torch.autograd.grad(loss, list(net.encoder.parameters()), create_graph=True)
+    with unchanged(balancer, net.parameters()), pytest.raises(RuntimeError, match=exactly(expected)):
         loss.backward(create_graph=True)
-    assert balancer.step == 0
-    assert all(p.grad is None for p in net.parameters())
     loss.backward()
-    assert balancer.step == 1
+    assert balancer.step == 2
 
 
 def test_a_second_backward_raises_and_changes_nothing(backend: str, rng: Rng) -> None:
@@ -334,11 +456,8 @@ def test_a_second_backward_raises_and_changes_nothing(backend: str, rng: Rng) ->
     balancer = DBMTL(net.encoder, num_tasks=3, backend=backend)
     loss = balancer(net.batch_losses(rng))
     loss.backward(retain_graph=True)
-    grads = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
-    with pytest.raises(RuntimeError, match="supports one backward pass, and this is a second one"):
+    expected = "the balanced loss supports one backward pass, and this is a second one; call balancer(losses) again"
+    with unchanged(balancer, net.parameters()), pytest.raises(RuntimeError, match=exactly(expected)):
         loss.backward()
-    assert balancer.step == 1
-    for p, grad in zip(net.parameters(), grads, strict=True):
-        assert torch.equal(p.grad, grad)
     balancer(net.batch_losses(rng)).backward()
     assert balancer.step == 2

@@ -25,6 +25,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "losses themselves": {"log_losses": False},
     "median": {"alpha": "median"},
     "bfloat16 state": {"state_dtype": torch.bfloat16},
+    "preference": {"preference": [1.0, 0.5, 2.0]},
+    "preference, beta 0": {"preference": [1.0, 0.5, 2.0], "beta": 0.0},
+    "a buffer to be dropped": {"drop_ema_below": 0.1},
 }
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="fake tensors are made on CPUs here")
@@ -50,6 +53,13 @@ def test_whole_steps(backend: str, bucket_bytes: int | None, options: dict[str, 
             balancer.backward(net.losses(x, target))
             balancer(net.losses(x, target)).backward()
             optimizer.step()
+            active = torch.ones(3, dtype=torch.bool)
+            balancer.backward(net.losses(x, target), active=active)
+            balancer(net.losses(x, target), active=active).backward()
+            balancer.backward([net.losses(x, target)[0], None, None])
+            assert all(value.shape == () for value in balancer.log_dict().values())
+            if balancer.ema:
+                assert balancer.cosine_similarity().shape == (3, 3)
         assert all(p.grad.shape == p.shape for p in net.parameters())
         assert balancer.norms.shape == balancer.weights.shape == (3,)
 
