@@ -14,20 +14,17 @@ balancing them is the business of the methods.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dbmtl_fused.demo import report
+from dbmtl_fused.demo import example
 from dbmtl_fused.demo.metrics import Metric, mean_absolute_error
-from dbmtl_fused.demo.study import add_arguments, run_study
-from dbmtl_fused.demo.training import METHODS, MultiTaskModel, Problem, Settings, Split, Task, regression_head
+from dbmtl_fused.demo.training import MultiTaskModel, Problem, Split, Task, regression_head
 
 UNITS = {
     "mu": "D",
@@ -92,29 +89,14 @@ def load_problem(path: Path, seed: int) -> Problem:
 
 def main(argv: Sequence[str]) -> int:
     """Run the comparison with the command line ``argv`` and return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="qm9_c7h10o2.npz")
-    add_arguments(parser, epochs=30)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    parser.add_argument("--out", type=Path, help="folder for the table and all numbers (default: only print)")
-    args = parser.parse_args(argv)
-    if not args.data.is_file():
-        parser.error(f"--data must be the file qm9_c7h10o2.npz (see the top of this script), got {str(args.data)!r}")
-    torch.set_num_threads(args.threads)
-    settings = Settings(
-        epochs=args.epochs,
+    return example.run(
+        argv,
+        description=(__doc__ or "").split("\n\n")[0],
+        file="qm9_c7h10o2.npz",
+        load_problem=load_problem,
+        epochs=30,
         batch_size=128,
-        learning_rate=1e-3,
-        seed=args.seed,
-        device=torch.device("cpu"),
-        record_every=50,
     )
-    methods = [METHODS[name] for name in args.methods]
-    study = run_study(partial(load_problem, args.data), methods, settings, args.seeds, timing_rounds=100)
-    print(f"\n{report.text(study, tasks_in_rows=True)}\n")
-    if args.out:
-        report.save(study, args.out, tasks_in_rows=True)
-    return 0
 
 
 if __name__ == "__main__":

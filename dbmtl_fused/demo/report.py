@@ -11,7 +11,7 @@ from textwrap import fill
 from tabulate import tabulate
 
 from dbmtl_fused.demo.study import SINGLE_TASK, Result, Study
-from dbmtl_fused.demo.training import EQUAL_WEIGHTING, METHODS
+from dbmtl_fused.demo.training import BFLOAT16_EMA, EQUAL_WEIGHTING, METHODS
 
 DB_MTL = METHODS["db-mtl"].name
 TEXT_WIDTH = 110
@@ -21,6 +21,8 @@ def text(study: Study, *, tasks_in_rows: bool = False) -> str:
     """The whole report in Markdown that also reads well in a terminal."""
     remarks = [fill(f"- {note}", TEXT_WIDTH, subsequent_indent="  ") for note in notes(study)]
     parts = [table(study, tasks_in_rows=tasks_in_rows), fill(conclusion(study), TEXT_WIDTH), "\n".join(remarks)]
+    if {DB_MTL, BFLOAT16_EMA.name} <= study.results.keys() and len(study.results[DB_MTL]) > 1:
+        parts.insert(1, state_dtype_table(study))
     return "\n\n".join(parts)
 
 
@@ -58,6 +60,21 @@ def table(study: Study, *, tasks_in_rows: bool = False) -> str:
     columns.append(["balancing's share of a step", *map(_share, study.results.values())])
     rows = columns if tasks_in_rows else [list(row) for row in zip(*columns, strict=True)]
     return tabulate(rows[1:], headers=rows[0], tablefmt="github", disable_numparse=True)
+
+
+def state_dtype_table(study: Study) -> str:
+    """Markdown table of the last models' test losses with the EMA in float32 and in bfloat16."""
+    rows = []
+    for name in (task.name for task in study.tasks):
+        full, half = ([run.losses[name] for run in study.results[method]] for method in (DB_MTL, BFLOAT16_EMA.name))
+        low, high = min(full), max(full)
+        of_mean = "yes" if low <= fmean(half) <= high else "no"
+        of_seeds = f"{sum(low <= loss <= high for loss in half)} of {len(half)}"
+        rows.append(
+            [name, _spread(full, ".5g"), f"{low:.5g} to {high:.5g}", _spread(half, ".5g"), of_mean, of_seeds],
+        )
+    heads = ["test loss ↓", "float32 EMA", "its range", "bfloat16 EMA", "mean within the range", "seeds within it"]
+    return tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True)
 
 
 def _spread(values: Sequence[float], spec: str) -> str:
@@ -98,7 +115,9 @@ def notes(study: Study) -> list[str]:
 def conclusion(study: Study) -> str:
     """What the numbers say about DB-MTL, whatever they say."""
     means = {
-        name: fmean(result.delta_p for result in runs) for name, runs in study.results.items() if name != SINGLE_TASK
+        name: fmean(result.delta_p for result in runs)
+        for name, runs in study.results.items()
+        if name not in (SINGLE_TASK, BFLOAT16_EMA.name)  # the latter is DB-MTL itself
     }
     best, *others = sorted(means, key=lambda name: means[name], reverse=True)
     if DB_MTL not in means or not others:

@@ -6,7 +6,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ SINGLE_TASK = "STL"
 
 @dataclass(frozen=True)
 class Result:
-    """One method with one seed: test metric by task name, and ``delta_p`` in percent against the same seed's baseline.
+    """One method with one seed: test metric and test loss by task name, ``delta_p`` in percent against the same seed's
+    baseline.
 
     ``seconds_per_epoch`` of the baseline is that of all its models together; it has no history. Only methods that
     balance have step times.
@@ -44,6 +45,7 @@ class Result:
     seconds_per_epoch: float
     step_times: StepTimes | None = None
     history: History | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ def run_study(
                 bar.set_description(f"seed {seed}: {SINGLE_TASK} {task.name}")
                 alone.append(train(problem, [task], EQUAL_WEIGHTING, of_seed, bar))
             baseline = {name: score for run in alone for name, score in run.scores.items()}
-            results[SINGLE_TASK].append(Result(seed, baseline, 0.0, sum(run.seconds_per_epoch for run in alone)))
+            losses = {name: loss for run in alone for name, loss in run.losses.items()}
+            seconds = sum(run.seconds_per_epoch for run in alone)
+            results[SINGLE_TASK].append(Result(seed, baseline, 0.0, seconds, losses=losses))
             for method in methods:
                 bar.set_description(f"seed {seed}: {method.name}")
                 run = train(problem, tasks, method, of_seed, bar)
@@ -140,7 +144,7 @@ def run_study(
                 if not method.is_plain_sum:
                     times = measure_steps(run.model, problem, method, of_seed, timing_rounds)
                 results[method.name].append(
-                    Result(seed, run.scores, improvement, run.seconds_per_epoch, times, run.history)
+                    Result(seed, run.scores, improvement, run.seconds_per_epoch, times, run.history, run.losses)
                 )
     return Study(tasks, settings, backend, describe_machine(settings.device), timing_rounds, results)
 

@@ -1,4 +1,4 @@
-"""The training loop that the demo and ``examples/qm9_slice.py`` share: every method is DBMTL with some parts off."""
+"""The training loop that the demo and the programs in ``examples`` share: every method is DBMTL with some options."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ METHODS = {
     "magnitude": Method("magnitude only", {"log_losses": False}),
     "db-mtl": Method("DB-MTL", {}),
 }
+BFLOAT16_EMA = Method("DB-MTL, bfloat16 EMA", {"state_dtype": torch.bfloat16})
+ALL_METHODS = METHODS | {"db-mtl-bf16": BFLOAT16_EMA}
+"""What ``--methods`` knows; METHODS are those that run unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,11 @@ class History:
 
 @dataclass
 class Run:
-    """A trained model, its test metric by task name, and how training went."""
+    """A trained model, its test metric and test loss by task name, and how training went."""
 
     model: MultiTaskModel
     scores: dict[str, float]
+    losses: dict[str, float]
     seconds_per_epoch: float
     backend: str
     history: History
@@ -201,8 +205,8 @@ def compute_losses(model: MultiTaskModel, tasks: Sequence[Task], batch: Split) -
 
 
 def buffered_gradients(balancer: DBMTL) -> Tensor:
-    """The balancer's EMA of the task gradients, shape (T, P)."""
-    return torch.cat([rows.flatten(1) for rows in balancer.ema.values()], dim=1)
+    """The balancer's EMA of the task gradients, shape (T, P), in at least float32."""
+    return torch.cat([rows.flatten(1).to(balancer.weights) for rows in balancer.ema.values()], dim=1)
 
 
 def summed_gradients(losses: Mapping[str, Tensor], balancer: DBMTL, shared: Sequence[Tensor]) -> Tensor:
@@ -239,12 +243,16 @@ def train(problem: Problem, tasks: Sequence[Task], method: Method, settings: Set
         if recording and not method.is_plain_sum:
             history.record(step, losses, balancer.weights, buffered_gradients(balancer))
         bar.update()
-    scores = evaluate(model, tasks, problem.test.to(settings.device))
-    return Run(model, scores, clock.seconds / settings.epochs, balancer.backend, history)
+    scores, test_losses = evaluate(model, tasks, problem.test.to(settings.device))
+    return Run(model, scores, test_losses, clock.seconds / settings.epochs, balancer.backend, history)
 
 
 @torch.no_grad()
-def evaluate(model: MultiTaskModel, tasks: Sequence[Task], data: Split) -> dict[str, float]:
-    """Each task's metric over all of ``data``."""
+def evaluate(model: MultiTaskModel, tasks: Sequence[Task], data: Split) -> tuple[dict[str, float], dict[str, float]]:
+    """Each task's metric and its loss over all of ``data``."""
     predictions = model(data.inputs)
-    return {task.name: task.metric.measure(predictions[task.name], data.targets[task.name]).item() for task in tasks}
+    scores, losses = {}, {}
+    for task in tasks:
+        answer = predictions[task.name], data.targets[task.name]
+        scores[task.name], losses[task.name] = task.metric.measure(*answer).item(), task.loss(*answer).item()
+    return scores, losses
