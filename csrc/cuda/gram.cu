@@ -2,8 +2,7 @@
 //
 // Math      out[s, t] = sum_p ema[s, p] * ema[t, p]
 // Traffic   fp32: reads 4TP bytes up to T = 32 (other state: T = 20). Beyond, there are more tiles of out than warps of
-// a
-//           block, and rows are read again for the others: ceil(tiles / 12) times, T^2 / 128 tiles. Warps that share
+//           a block, and rows are read again for the others: ceil(tiles / 12) times, T^2 / 128 tiles. Warps that share
 //           rows meet them in the first-level cache. The workspace is about 2 T^2 bytes a block.
 // Parallel  a block on each multiprocessor, its warps dealt to the tiles (see plan.h) and then to units of columns. A
 //           thread has its columns of two blocks of rows, or of one, and a sum for each of their products.
