@@ -7,15 +7,21 @@ import torch
 ITEM = 4  # bytes of float32
 
 
-class Copy:
-    """``copy_`` of float32 between two buffers that together have ``total_bytes``: so many bytes are read + written."""
+LARGEST = 1_000_000_000
+"""Bytes of two buffers beyond which they are copied several times instead: memory is for what is measured."""
 
-    def __init__(self, total_bytes: int) -> None:
-        self.source = torch.zeros(total_bytes // (2 * ITEM))
+
+class Copy:
+    """``copy_`` of float32 between two buffers, so often that ``total_bytes`` are read + written."""
+
+    def __init__(self, total_bytes: int, device: str | torch.device = "cpu") -> None:
+        self.times = -(-total_bytes // LARGEST)
+        self.source = torch.zeros(total_bytes // (2 * ITEM * self.times), device=device)
         self.target = torch.empty_like(self.source)
 
     def __call__(self) -> None:
-        self.target.copy_(self.source)
+        for _ in range(self.times):
+            self.target.copy_(self.source)
 
 
 def fused_bytes(T: int, P: int) -> int:

@@ -2,13 +2,15 @@
 
 Every figure comes from a new process. Two measures that share no code: tensors, from torch's own record of what its
 allocator handed out (exact, blind to what C++ code allocates by itself), and resident pages (the kernel's high-water
-mark, reset after warm-up; sees everything, fragmentation of the heap included). The bar holds for each.
+mark, reset after warm-up; sees everything, fragmentation of the heap included). The bar holds for each. On a GPU: what
+its allocator had handed out.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +18,95 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from benchmarks import steps
 from benchmarks.bandwidth import ITEM
-from benchmarks.models import Size
+from benchmarks.models import Problem, Size
+from benchmarks.plan import Options, Table
 from benchmarks.report import Section
-from benchmarks.steps import BALANCED, FLOORS, Step
+from benchmarks.steps import AFTER, FORWARD, OURS, Step
 from benchmarks.timing import Bar
-from benchmarks.workers import Worker
+from benchmarks.workers import Here, Worker
 from dbmtl_fused.balancer import CPU_BUCKET_BYTES
 
 SIZE, QUICK_SIZE = Size(), Size(depth=2, width=64, batch=8)
-AFTER, OURS = "drop after backward", "DBMTL"
 MB = 1e6
 SLACK = 16 * MB
 STEPS = 3
 PROCESSES = 3
 """How often resident pages are measured: fragmentation differs from process to process."""
 
+GROWING_WIDTH, GROWING_T = (256, 512, 1024, 2048), (1, 2, 4, 8, 16)
+GROWN = Size(depth=8, width=512, tasks=3, batch=64)
+"""What grows in width or in tasks."""
 
-def run(*, quick: bool, threads: int) -> list[Section]:
-    """One section: the same MLP as the step's."""
-    size = QUICK_SIZE if quick else SIZE
-    kinds = {**FLOORS, **BALANCED}
+
+def tables(options: Options) -> Iterator[Table]:
+    """The same MLP as the step's; then wider ones, then ones with more tasks."""
+    size = QUICK_SIZE if options.quick else SIZE
+    yield Table(f"memory: {size}", functools.partial(_all, size, options))
+    grown = [("P", GROWN._replace(width=width)) for width in GROWING_WIDTH]
+    grown += [("T", GROWN._replace(tasks=tasks)) for tasks in GROWING_T]
+    if options.quick:
+        grown = [("P", QUICK_SIZE), ("T", QUICK_SIZE._replace(tasks=2))]
+    for series, size in grown:
+        title = f"growing {series}: memory of {size}"
+        yield Table(title, functools.partial(_growth, title, series, size, options))
+
+
+def _all(size: Size, options: Options) -> Section:
+    """Every way to do the step."""
+    cpu = options.device.type == "cpu"
     measures: dict[str, dict[str, float]] = {}
     resident: dict[str, list[float]] = {}
-    for name, kind in kinds.items():
-        with Worker(threads, _nothing, forked=True) as worker:
-            tensors = worker.call(peak_of_tensors, kind, size)
+    for name, kind in steps.subjects(options.device).items():
+        if name == FORWARD:
+            continue
+        measures[name] = {"tensors": _tensors(kind, size, options)}
+        if not cpu:
+            continue
         resident[name] = []
-        for _ in range(PROCESSES if name in (AFTER, OURS) and not quick else 1):
-            with Worker(threads, kind, size, forked=quick) as worker:
+        for _ in range(PROCESSES if name in (AFTER, OURS) and not options.quick else 1):
+            with Here(kind, size) if options.quick else Worker(options.threads, kind, size) as worker:
                 resident[name].append(worker.call(peak_of_pages))
                 in_flight = worker.call(peak_of_gradients) if name in (AFTER, OURS) else None
-        measures[name] = {"tensors": tensors, "resident": statistics.median(resident[name])}
+        measures[name]["resident"] = statistics.median(resident[name])
         if in_flight is not None:
             measures[name]["gradients in flight"] = in_flight
 
     title = f"memory: {size}"
     allowed = (size.tasks * size.P + size.P) * ITEM + SLACK
-    over = {
-        "tensors": [measures[OURS]["tensors"] - measures[AFTER]["tensors"]],
-        "resident pages": [own - bare for own, bare in zip(resident[OURS], resident[AFTER], strict=True)],
-    }
+    over = {"tensors": [measures[OURS]["tensors"] - measures[AFTER]["tensors"]]}
+    if cpu:
+        over["resident pages"] = [own - bare for own, bare in zip(resident[OURS], resident[AFTER], strict=True)]
     bars = [_bar(f"{title}: peak over the bare loop, {measure}", allowed, values) for measure, values in over.items()]
-    bars.append(
-        _bar(
-            f"{title}: gradients in flight, against one bucket and the gradient that fills it",
-            CPU_BUCKET_BYTES + size.width**2 * ITEM,
-            [measures[OURS]["gradients in flight"]],
-        )
-    )
-    table = {name: {key: value / MB for key, value in of.items()} for name, of in measures.items()}
+    if cpu:
+        most = CPU_BUCKET_BYTES + size.width**2 * ITEM
+        name = f"{title}: gradients in flight, against one bucket and the gradient that fills it"
+        bars.append(_bar(name, most, [measures[OURS]["gradients in flight"]]))
     notes = [f"P*4 = {size.P * ITEM / MB:.1f} MB, bucket_bytes = {CPU_BUCKET_BYTES / MB:.2f} MB"]
-    return [Section(title, {}, bars, megabytes=table, notes=notes)]
+    return _section(title, "memory", size, measures, bars=bars, notes=notes)
+
+
+def _growth(title: str, series: str, size: Size, options: Options) -> Section:
+    """The step and the bare loop."""
+    kinds = {AFTER: steps.FLOORS[AFTER], OURS: steps.BALANCED[OURS]}
+    measures = {name: {"tensors": _tensors(kind, size, options)} for name, kind in kinds.items()}
+    return _section(title, "memory growth", size, measures, series=series)
+
+
+def _section(
+    title: str, kind: str, size: Size, measures: dict[str, dict[str, float]], series: str = "", **others: Any
+) -> Section:
+    table = {name: {key: value / MB for key, value in of.items()} for name, of in measures.items()}
+    facts = {"T": size.tasks, "P": size.P, "own": OURS, "bare": AFTER, **({"series": series} if series else {})}
+    return Section(title, {}, others.pop("bars", []), kind=kind, facts=facts, megabytes=table, **others)
+
+
+def _tensors(kind: Callable[..., Step], size: Problem, options: Options) -> float:
+    """Most bytes in tensors at once, in a new process."""
+    measure = peak_of_tensors if options.device.type == "cpu" else peak_of_device
+    with Here(_nothing) if options.quick else Worker(options.threads, _nothing, forked=True) as worker:
+        return worker.call(measure, kind, size)
 
 
 def peak_of_pages(step: Step) -> float:
@@ -83,7 +122,15 @@ def peak_of_pages(step: Step) -> float:
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def peak_of_tensors(_: object, kind: Callable[[Size], Step], size: Size) -> float:
+def peak_of_device(_: object, kind: Callable[..., Step], size: Problem) -> float:
+    """Most bytes that the GPU's allocator had handed out at once, from building the model on."""
+    step = kind(size, "cuda")
+    for _ in range(STEPS):
+        step()
+    return float(torch.cuda.max_memory_allocated())
+
+
+def peak_of_tensors(_: object, kind: Callable[..., Step], size: Problem) -> float:
     """Most bytes torch's CPU allocator had handed out at once, from building the model through :data:`STEPS` steps."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     # acc_events: nothing to accumulate here, but torch 2.11 warns without it.

@@ -13,85 +13,167 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from benchmarks import steps
+import torch
+
+from benchmarks import steps, torchjd_steps
 from benchmarks.bandwidth import Copy, fused_bytes
-from benchmarks.models import Size
+from benchmarks.graph_timing import synchronize
+from benchmarks.models import Problem, Size
+from benchmarks.molecule_model import GEOMETRY, TARGETS, Molecules
+from benchmarks.plan import LeftOut, Options, Table
 from benchmarks.report import Section
-from benchmarks.timing import Bar, Samples, calls_lasting, interleave, per_round, sample
-from benchmarks.workers import PAUSE, Worker
+from benchmarks.steps import AFTER, FORWARD, IN_HOOK, ONE_BACKWARD, OURS
+from benchmarks.timing import Bar, Sample, Samples, calls_lasting, interleave, per_round, sample
+from benchmarks.vision_models import Vision
+from benchmarks.workers import PAUSE, Here, Worker
 
 SIZE, QUICK_SIZE = Size(), Size(depth=2, width=64, batch=8)
 COPY = "copy of as many bytes"
-HOOK, AFTER, OURS = "drop in a hook", "drop after backward", "DBMTL"
-COPY_SHARE = 0.8
-"""The bar on added time is what moving the bytes would take at this share of copy bandwidth."""
+COPY_SHARE = {"cpu": 0.8, "cuda": 0.9}
+"""The bar on added time is what moving the bytes would take at this share of copy bandwidth,"""
+LAUNCHES = {"cpu": 0.0, "cuda": 10e-6}
+"""and these seconds for each task."""
 
 ROUNDS_PER_PROCESS = 5
 SAMPLE_SECONDS = 0.2
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "qm9"
+"""Where QM9 is looked for unless ``--data`` says."""
 
 
-def run(*, rounds: int, quick: bool, threads: int) -> list[Section]:
-    """One section."""
-    size = QUICK_SIZE if quick else SIZE
-    errors = steps.check(size)
-    moved = fused_bytes(size.tasks, size.P)
-    title = f"step: {size}"
-    starts = range(0, rounds, ROUNDS_PER_PROCESS)
+class Case(NamedTuple):
+    """A problem to measure.
+
+    :param checked: A small one with the same parameters, on which all candidates must agree first.
+    :param rounds: At most.
+    :param gpu_only: Why it is left out on a CPU, or nothing.
+    """
+
+    problem: Problem
+    checked: Problem
+    rounds: int
+    gpu_only: str = ""
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """The MLP first: the bars are about it."""
+    data = options.data or DATA
+    if options.quick:
+        yield Case(QUICK_SIZE, QUICK_SIZE, options.rounds)
+        molecules = Molecules(data, 2, width=8, rounds=1)
+        yield Case(molecules, molecules, options.rounds)
+        return
+    yield Case(SIZE, SIZE, options.rounds)
+    gpu, large = options.device.type == "cuda", "too large for a CPU"
+    domains = Vision("office", 3, 2, 64, 64)
+    yield Case(Vision("office", 3, 64 if gpu else 4), domains, 6)
+    yield Case(Vision("office", 4, 64), domains._replace(tasks=4), 6, large)
+    yield Case(Molecules(data, 128 if gpu else 32), Molecules(data, 4), 6)
+    yield Case(Vision("scene", 3, 8, 288, 384), Vision("scene", 3, 2, 64, 64), 6, large)
+    vit = Vision("vit", 5, 16)
+    yield Case(vit, vit._replace(batch=1), 6, large)
+
+
+def tables(options: Options) -> Iterator[Table]:
+    """One for each case."""
+    for case in cases(options):
+        yield Table(f"step: {case.problem}", functools.partial(_case, case, options))
+
+
+def _case(case: Case, options: Options) -> Section:
+    problem, device = case.problem, options.device
+    if case.gpu_only and device.type == "cpu":
+        raise LeftOut(case.gpu_only)
+    if isinstance(problem, Molecules):
+        require_qm9(problem.data)
+    refused: dict[str, str] = {}
+    errors = steps.check(case.checked, device=device, refused=refused)
+    subjects = steps.without(refused, steps.subjects(device))
+    moved = fused_bytes(problem.tasks, problem.P)
+    title = f"step: {problem}"
     samples: Samples = {}
+    starts = range(0, min(case.rounds, options.rounds), ROUNDS_PER_PROCESS)
     for generation, start in enumerate(starts):
-        part = _run_processes(
-            size,
-            min(ROUNDS_PER_PROCESS, rounds - start),
-            title=f"{title}, processes {generation + 1} of {len(starts)}",
-            threads=threads,
-            quick=quick,
-        )
+        rounds = min(ROUNDS_PER_PROCESS, case.rounds - start, options.rounds - start)
+        of_all = f"{title}, processes {generation + 1} of {len(starts)}"
+        part = _run_processes(problem, subjects, rounds, title=of_all, options=options)
         samples = {name: samples.get(name, []) + taken for name, taken in part.items()}
 
-    bars = [
-        Bar(
-            f"{title}: added to {HOOK!r} / ((4T+1)P*4 bytes at {COPY_SHARE} of copy bandwidth)",
-            1.0,
-            False,
-            per_round(lambda own, floor, copy: (own - floor) / (copy / COPY_SHARE), samples, OURS, HOOK, COPY),
-        ),
-        Bar(
-            f"{title}: whole step / loop with {AFTER!r}",
-            1.0,
-            False,
-            per_round(lambda own, floor: own / floor, samples, OURS, AFTER),
-        ),
-    ]
-    return [
-        Section(
-            title,
-            samples,
-            bars,
-            bytes_moved=moved,
-            copy=COPY,
-            ratio_to=AFTER,
-            floor=HOOK,
-            checks={"rtol": steps.RTOL, "errors": errors},
+    notes = [f"left out, as it failed: {name} ({why})" for name, why in refused.items()]
+    if isinstance(problem, Vision) and problem.kind == "office" and torchjd_steps.WHY_NOT is None:
+        notes.append(
+            "TorchJD differentiates all features for each row of the Jacobian, so that every task's graph is gone "
+            "through for every task, mostly with zeros."
         )
-    ]
+    return Section(
+        title,
+        samples,
+        list(_bars(title, samples, problem, device.type)) if isinstance(problem, Size) else [],
+        kind="step",
+        facts={"T": problem.tasks, "P": problem.P, "forward": FORWARD, "own": OURS, "one": ONE_BACKWARD},
+        bytes_moved=moved,
+        copy=COPY,
+        ratio_to=AFTER,
+        floor=IN_HOOK,
+        checks={"rtol": steps.RTOL, "errors": errors},
+        notes=[*notes, *([torchjd_steps.WHY_NOT] if torchjd_steps.WHY_NOT else [])],
+    )
 
 
-def _run_processes(size: Size, rounds: int, *, title: str, threads: int, quick: bool) -> Samples:
+def _bars(title: str, samples: Samples, problem: Problem, device: str) -> Iterator[Bar]:
+    """Only where what is added is more than two steps differ by."""
+    share, launches = COPY_SHARE[device], LAUNCHES[device] * problem.tasks
+
+    def added(own: float, floor: float, copy: float) -> float:
+        return (own - floor) / (copy / share + launches)
+
+    name = f"{title}: added to {IN_HOOK!r} / ((4T+1)P*4 bytes at {share} of copy bandwidth"
+    name += " and 10 µs a task)" if launches else ")"
+    yield Bar(name, 1.0, False, per_round(added, samples, OURS, IN_HOOK, COPY))
+    if device == "cpu":
+        ratios = per_round(lambda own, floor: own / floor, samples, OURS, AFTER)
+        yield Bar(f"{title}: whole step / loop with {AFTER!r}", 1.0, False, ratios)
+
+
+def require_qm9(data: Path) -> None:
+    """Raise :class:`LeftOut` if the files are not there."""
+    if not (data / GEOMETRY).exists() or not (data / TARGETS).exists():
+        raise LeftOut(f"needs QM9: {GEOMETRY} and {TARGETS} in a folder named by --data")
+
+
+def _run_processes(
+    problem: Problem, kinds: dict[str, Callable[..., steps.Step]], rounds: int, *, title: str, options: Options
+) -> Samples:
     """Samples of all subjects, each in one new process."""
-    subjects: dict[str, tuple[Callable[..., object], object]] = {COPY: (Copy, fused_bytes(size.tasks, size.P))}
-    subjects |= {name: (kind, size) for name, kind in {**steps.FLOORS, **steps.BALANCED}.items()}
+    device = str(options.device)
+    subjects: dict[str, tuple[Any, ...]] = {COPY: (Copy, fused_bytes(problem.tasks, problem.P), device)}
+    subjects |= {name: (kind, problem, device) for name, kind in kinds.items()}
     with ExitStack() as stack:
-        workers = {
-            name: stack.enter_context(Worker(threads, *subject, forked=quick)) for name, subject in subjects.items()
-        }
+        workers = {name: _worker(options, *subject) for name, subject in subjects.items()}
+        for worker in workers.values():
+            stack.enter_context(worker)
         for worker in workers.values():
             worker.wait()
-        seconds = 0.0 if quick else SAMPLE_SECONDS
+        seconds, pause = (0.0, 0.0) if options.quick else (SAMPLE_SECONDS, PAUSE)
         turns = {}
         for name, worker in workers.items():
-            time.sleep(PAUSE)
-            turns[name] = functools.partial(worker.call, sample, worker.call(calls_lasting, seconds))
-        return interleave(turns, rounds, warmup=1, title=title, pause=PAUSE)
+            time.sleep(pause)
+            calls = worker.call(_calls_lasting, seconds, device)
+            turns[name] = functools.partial(worker.call, _sample, calls, device)
+        return interleave(turns, rounds, warmup=1, title=title, pause=pause)
+
+
+def _worker(options: Options, build: Callable[..., Any], *args: Any) -> Here | Worker:
+    return Here(build, *args) if options.quick else Worker(options.threads, build, *args)
+
+
+def _calls_lasting(subject: Callable[[], object], seconds: float, device: str) -> int:
+    return calls_lasting(subject, seconds, functools.partial(synchronize, torch.device(device)))
+
+
+def _sample(subject: Callable[[], object], calls: int, device: str) -> Sample:
+    return sample(subject, calls, functools.partial(synchronize, torch.device(device)))

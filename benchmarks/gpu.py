@@ -264,6 +264,12 @@ def _operators(context: Context) -> list[str]:
     return context.module("benchmarks.bench_gpu_ops", *arguments, "--seconds", f"{budget:.0f}", "--out", out)
 
 
+def _steps(context: Context) -> list[str]:
+    budget = max(1.0, context.seconds - 2 * _INTERRUPTED_SECONDS)
+    out = str(context.scratch / "steps.json")
+    return context.module("benchmarks.run", "step", *context.common(), "--seconds", f"{budget:.0f}", "--out", out)
+
+
 def _sweep(context: Context) -> list[str]:
     arguments = [*context.common(), *(["--only", context.options.only] if context.options.only else [])]
     budget = max(1.0, context.seconds - 2 * _INTERRUPTED_SECONDS)
@@ -304,6 +310,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("sanitizer", "compute-sanitizer over every operator", _sanitizer, limit=180, reserve=50),
         Stage("operators", "bandwidth of every operator and backend", _operators, limit=480, reserve=100),
+        Stage("steps", "whole training steps beside what people would use instead", _steps, limit=540, reserve=240),
         Stage("sweep", "launch parameters of the Triton kernels", _sweep, limit=540, reserve=240),
     )
 }

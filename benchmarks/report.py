@@ -1,4 +1,8 @@
-"""What a run found: text tables, and JSON with the raw samples and everything needed to judge them."""
+"""What a run found: text tables, and JSON with the raw samples and everything needed to judge them.
+
+``python -m benchmarks.report`` makes the documentation from what is committed: :mod:`benchmarks.pages` the text,
+:mod:`benchmarks.figures` the figures.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +26,7 @@ from benchmarks.timing import Bar, Quartiles, Samples, per_round
 from dbmtl_fused import backends
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "GOMP_", "KMP_", "MKL_", "DBMTL_FUSED_")
 """Prefixes of environment variables that change timings."""
 
@@ -39,11 +45,18 @@ class Section:
     megabytes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     checks: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    kind: str = ""  # tables of one kind stand together in the documentation
+    facts: Mapping[str, Any] = field(default_factory=dict)  # T, P and whatever else the table is about
 
     def to_json(self) -> dict[str, Any]:
         return {
             "title": self.title,
+            "kind": self.kind,
+            "facts": dict(self.facts),
             "bytes_moved": self.bytes_moved,
+            "copy": self.copy,
+            "ratio_to": self.ratio_to,
+            "floor": self.floor,
             "candidates": {
                 name: {
                     "seconds": Quartiles.of([sample.seconds for sample in taken])._asdict(),
@@ -110,7 +123,7 @@ def bars_to_text(sections: Sequence[Section], quick: bool) -> str:
     return f"\n{tabulate(rows, headers='keys')}{warning}"
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, device: torch.device = CPU) -> dict[str, Any]:
     """The machine, versions, commit and settings a run is to be judged by."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -131,8 +144,9 @@ def environment(threads: int) -> dict[str, Any]:
             "dbmtl_fused": dbmtl_fused.__version__,
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
-        "backend": backends.resolve("auto", torch.device("cpu")),
-        "backends": backends.available("cpu"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "backend": backends.resolve("auto", device),
+        "backends": backends.available(device.type),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
@@ -181,3 +195,21 @@ def _git(*arguments: str) -> str | None:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def main() -> int:
+    """Write ``docs/benchmarks.md``, its figures and the README's tables, all from the results that are committed."""
+    from benchmarks import figures, pages, results  # which need this module
+
+    runs = results.load()
+    for path, text in pages.written(runs, (ROOT / "README.md").read_text()).items():
+        (ROOT / path).write_text(text)
+        print(f"wrote {path}")
+    for run in runs:
+        for drawn in figures.draw(figures.of_run(run), ROOT / "docs" / "figures"):
+            print(f"wrote {drawn.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

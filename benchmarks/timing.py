@@ -6,6 +6,7 @@ so a ratio is formed within each round, and the median over rounds is reported w
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import time
@@ -50,7 +51,7 @@ def interleave(
         milliseconds after its work is done, and would take a core from the next.
     """
     samples: Samples = {name: [] for name in candidates}
-    for index in tqdm(range(-warmup, rounds), desc=title, unit="round", leave=False):
+    for index in tqdm(range(-warmup, rounds), desc=title, unit="round", leave=False, disable=None):
         for name, take in candidates.items():
             time.sleep(pause)
             sample = take()
@@ -65,21 +66,27 @@ def per_round(formula: Callable[..., float], samples: Samples, *names: str) -> l
     return [formula(*(sample.seconds for sample in turn)) for turn in rounds]
 
 
-def sample(function: Callable[[], object], calls: int = 1) -> Sample:
-    """The mean of ``calls`` calls in a row, Python's overhead included."""
+def sample(function: Callable[[], object], calls: int = 1, finish: Callable[[], object] = lambda: None) -> Sample:
+    """The mean of ``calls`` calls in a row, Python's overhead and ``finish()``, which waits for a device, included."""
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     started = time.perf_counter()
     for _ in range(calls):
         function()
+    finish()
     seconds = time.perf_counter() - started
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     return Sample(seconds / calls, faults / calls)
 
 
-def calls_lasting(function: Callable[[], object], seconds: float) -> int:
+def calls_lasting(function: Callable[[], object], seconds: float, finish: Callable[[], object] = lambda: None) -> int:
     """How many calls in a row last about ``seconds``; at least 1."""
     # The fastest of a few: one call that was interrupted must not make samples too short.
-    return max(1, round(seconds / min(sample(function).seconds for _ in range(5))))
+    fastest = math.inf
+    for _ in range(5):
+        fastest = min(fastest, sample(function, finish=finish).seconds)
+        if fastest > seconds:
+            break
+    return max(1, round(seconds / fastest))
 
 
 @dataclass(frozen=True)

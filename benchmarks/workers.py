@@ -8,6 +8,8 @@ others left; here each has its own, as in training, and they still take turns.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from types import TracebackType
@@ -56,13 +58,42 @@ class Worker:
         self._pool.shutdown(cancel_futures=True)
 
 
+class Here:
+    """The same without a process, for a run that only shows that everything runs."""
+
+    def __init__(self, build: Callable[..., Any], *args: Any) -> None:
+        self._subject = build(*args)
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """``function(subject, *args)``."""
+        return function(self._subject, *args)
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 _subject: Any = None
 
 
 def _build(threads: int, build: Callable[..., Any], args: tuple[Any, ...]) -> None:
     global _subject
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _subject = build(*args)
+
+
+def _end_with_parent() -> None:
+    """A run that is killed cannot end its processes, and they hold gigabytes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _apply(function: Callable[..., T], args: tuple[Any, ...]) -> T:
