@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.models import MultiTaskModel
@@ -91,15 +92,22 @@ class MessagePassing(nn.Module):
 
 def read(folder: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first molecules of a fixed shuffle: element index (0: no atom), positions in Å, standardised properties."""
+    atoms, places, y = shuffled(folder, count)
+    return atoms, places, torch.from_numpy(((y[:count] - y.mean(0)) / y.std(0)).astype(np.float32))
+
+
+def shuffled(folder: Path, count: int, seed: int = 0) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
+    """The first molecules of a shuffle: element index, shape ``(count, A)`` (0: no atom), and positions in Å, shape
+    ``(count, A, 3)``; the properties of all molecules in this order."""
     with np.load(folder / GEOMETRY) as geometry, np.load(folder / TARGETS) as properties:
         sizes, elements, positions = geometry["n_atoms"].astype(np.int64), geometry["Z"], geometry["pos_milliA"]
         y = properties["y"].astype(np.float64)
-    chosen = np.random.default_rng(0).permutation(len(sizes))[:count]
-    ends = np.cumsum(sizes)
-    atoms = torch.zeros(count, int(sizes[chosen].max()), dtype=torch.long)
-    places = torch.zeros(*atoms.shape, 3)
-    for row, (stop, size) in enumerate(zip(ends[chosen], sizes[chosen], strict=True)):
-        of_molecule = np.searchsorted(ELEMENTS, elements[stop - size : stop]) + 1
-        atoms[row, :size] = torch.from_numpy(of_molecule)
-        places[row, :size] = torch.from_numpy(positions[stop - size : stop].astype(np.float32) / 1000)
-    return atoms, places, torch.from_numpy(((y[chosen] - y.mean(0)) / y.std(0)).astype(np.float32))
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    starts, sizes = (np.cumsum(sizes) - sizes)[order[:count], None], sizes[order[:count], None]
+    columns = np.arange(sizes.max())
+    there = columns < sizes
+    source = (starts + columns)[there]
+    atoms, places = np.zeros(there.shape, np.int64), np.zeros((*there.shape, 3), np.float32)
+    atoms[there] = np.searchsorted(ELEMENTS, elements[source]) + 1
+    places[there] = positions[source].astype(np.float32) / 1000
+    return torch.from_numpy(atoms), torch.from_numpy(places), y[order]

@@ -192,7 +192,7 @@ def combine_run(backend: str, rng: np.random.Generator, alpha: str) -> Callable[
 
 
 def gram_run(backend: str, rng: np.random.Generator, T: int) -> Callable[[], Results]:
-    ema = tensor(random_rows(rng, T, 20_003))
+    ema = tensor(random_rows(rng, T, 5003))
     return lambda: {"gram": run_gram(backend, ema)}.items()
 
 

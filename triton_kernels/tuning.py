@@ -90,8 +90,8 @@ BALANCE_LARGE = Balance(rows=8, update_block=1024, sum_block=2048, num_warps=16)
 
 # gram, by the largest T. A thread has 16 numbers of one or two rows, beyond that 4 columns of two blocks of 4 rows (of
 # one up to 4 tasks) beside the 16 sums of their pairs; blocks of 8 rows would spill. At most 128 registers, so that all
-# programs are resident. Those that go through their columns several times take so few at a time that what all of them
-# have taken stays in L2: 35 MB of float32 with 132 multiprocessors.
+# programs are resident (float64: half of them). Those that go through their columns several times take so few at a time
+# that what all of them have taken stays in L2: 35 MB of float32 with 132 multiprocessors.
 GRAM_PROGRAMS = 4  # a multiprocessor
 GRAM_SPAN = 2**14  # numbers of a program
 GRAM = {
