@@ -6,6 +6,10 @@ crashes or hangs takes none of the others along. ``gpu.json`` and ``gpu.txt`` in
 every stage, and every few seconds during one: a machine that is switched off leaves what it has shown.
 
 ``--device cpu --quick`` is a dry run of the same without a GPU. Only the standard library is imported here.
+
+Steps and training use QM9: its two files in ``data/qm9`` of the checkout, which git ignores, beside it in
+``../shared/data/qm9``, or in a folder named by ``--data``. A machine to which only the checkout is copied needs them in
+``data/qm9``. Where they are missing, that is said and the run goes on.
 """
 
 from __future__ import annotations
@@ -49,7 +53,8 @@ SUITE_ELSEWHERE = (
     *("test_cuda_compile.py", "test_cuda_emulated.py", "test_cuda_sanitizers.py"),
     "test_cuda_gpu.py",  # a stage of its own
 )
-SOAK = ("tests/test_cuda_gpu.py",)
+SOAK = ("tests/test_cuda_gpu.py", "tests/test_gpu_graph.py")
+QM9 = (ROOT / "data" / "qm9", ROOT.parent / "shared" / "data" / "qm9")
 MAX_FAILURES = 50
 SECONDS_PER_TEST = 120
 
@@ -79,6 +84,7 @@ class Options:
     tests: str
     workers: int
     only: str
+    data: Path
 
 
 @dataclass(frozen=True)
@@ -264,10 +270,24 @@ def _operators(context: Context) -> list[str]:
     return context.module("benchmarks.bench_gpu_ops", *arguments, "--seconds", f"{budget:.0f}", "--out", out)
 
 
+def _counters(context: Context) -> list[str]:
+    budget = max(1.0, context.seconds - _INTERRUPTED_SECONDS)
+    arguments = ["--device", context.options.device, "--seconds", f"{budget:.0f}"]
+    return context.module("benchmarks.counters", *arguments, "--out", str(context.scratch / "counters.json"))
+
+
 def _steps(context: Context) -> list[str]:
+    arguments = [*context.common(), "--data", str(context.options.data)]
     budget = max(1.0, context.seconds - 2 * _INTERRUPTED_SECONDS)
     out = str(context.scratch / "steps.json")
-    return context.module("benchmarks.run", "step", *context.common(), "--seconds", f"{budget:.0f}", "--out", out)
+    return context.module("benchmarks.run", "step", *arguments, "--seconds", f"{budget:.0f}", "--out", out)
+
+
+def _train(context: Context) -> list[str]:
+    arguments = [*context.common(), "--data", str(context.options.data)]
+    budget = max(1.0, context.seconds - 2 * _INTERRUPTED_SECONDS)
+    out = str(context.scratch / "train.json")
+    return context.module("benchmarks.train", *arguments, "--seconds", f"{budget:.0f}", "--out", out)
 
 
 def _sweep(context: Context) -> list[str]:
@@ -310,7 +330,9 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("sanitizer", "compute-sanitizer over every operator", _sanitizer, limit=180, reserve=50),
         Stage("operators", "bandwidth of every operator and backend", _operators, limit=480, reserve=100),
-        Stage("steps", "whole training steps beside what people would use instead", _steps, limit=540, reserve=240),
+        Stage("counters", "memory traffic of every operator as the GPU counts it", _counters, limit=150, reserve=60),
+        Stage("steps", "whole training steps beside what people would use instead", _steps, limit=540, reserve=150),
+        Stage("train", "QM9: five trainings, and DB-MTL's losses beside LibMTL's", _train, limit=540, reserve=150),
         Stage("sweep", "launch parameters of the Triton kernels", _sweep, limit=540, reserve=240),
     )
 }
@@ -332,7 +354,7 @@ class Report:
             "started": self._started,
             "written": _now(),
             "finished": finished,
-            "settings": {name: value for name, value in asdict(self._options).items() if name != "out"},
+            "settings": {name: value for name, value in asdict(self._options).items() if name not in ("out", "data")},
             "stages": [asdict(result) for result in self.results.values()],
         }
         _replace(self._options.out / "gpu.json", json.dumps(content, indent=1) + "\n")
@@ -474,6 +496,10 @@ def _not_shown(data: Any) -> tuple[bool, str]:
     """Whether a stage that ended well has shown nothing at all, and what it has left out."""
     if not isinstance(data, dict):
         return False, ""
+    if reason := data.get("skipped"):
+        return True, reason
+    if reasons := data.get("left_out"):  # by what was left out
+        return False, "left out: " + "; ".join(f"{what}, {reason}" for what, reason in reasons.items())
     if left_out := data.get("settings", {}).get("left_out"):
         return False, f"{len(left_out)} tables left out for want of time"
     skips = data.get("skips", {})
@@ -573,9 +599,10 @@ def _text_of(path: Path) -> str:
 
 def _without_paths(text: str, scratch: Path) -> str:
     """``text`` without what differs between machines: reports are compared."""
+    text = text.replace(sys.executable, "python3").replace(str(QM9[1]), "../shared/data/qm9")
     for folder in (scratch / "tree", scratch, ROOT):
         text = text.replace(f"{folder}/", "")
-    return text.replace(str(ROOT), ".").replace(sys.executable, "python3")
+    return text.replace(str(ROOT), ".")
 
 
 def _now() -> str:
@@ -603,11 +630,13 @@ def _parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--tests", default="", help="suite: pytest's arguments instead of the default selection")
     parser.add_argument("--workers", type=int, default=8, help="suite: processes of pytest-xdist (default: 8)")
     parser.add_argument("--only", default="", help="sweep: comma-separated kernels")
+    data = next((folder for folder in QM9 if folder.is_dir()), QM9[0])
+    parser.add_argument("--data", type=Path, default=data, help="steps, train: folder of QM9")
     parsed = vars(parser.parse_args(argv))
     wanted = parsed["stages"].split(",")
     if unknown := [name for name in wanted if name not in STAGES]:
         parser.error(f"--stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
-    parsed["out"] = parsed["out"].resolve()
+    parsed |= {name: parsed[name].resolve() for name in ("out", "data")}
     parsed["stages"] = tuple(name for name in STAGES if name in wanted)
     return Options(**parsed)
 

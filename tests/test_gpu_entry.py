@@ -177,7 +177,7 @@ def test_a_build_that_setup_py_gave_up_is_a_failure(
 def test_an_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--stages", "info,sute"])
-    names = "build, info, parity, suite, soak, sanitizer, operators, steps, sweep"
+    names = "build, info, parity, suite, soak, sanitizer, operators, counters, steps, train, sweep"
     assert f"--stages must be among {names}, got sute" in capsys.readouterr().err
 
 

@@ -36,7 +36,7 @@ def save(study: Study, folder: Path, *, tasks_in_rows: bool = False) -> None:
 
 
 def table(study: Study, *, tasks_in_rows: bool = False) -> str:
-    """Markdown table of all methods: test metrics, Delta_p, seconds an epoch and balancing's share of a step.
+    """Markdown table of all methods: test metrics, Delta_p, seconds an epoch, balancing's share of a step if timed.
 
     Over several seeds: mean ± standard deviation.
 
@@ -57,7 +57,8 @@ def table(study: Study, *, tasks_in_rows: bool = False) -> str:
     columns.append(
         ["s/epoch", *(f"{median(r.seconds_per_epoch for r in runs):.3g}" for runs in study.results.values())]
     )
-    columns.append(["balancing's share of a step", *map(_share, study.results.values())])
+    if study.timing_rounds:
+        columns.append(["balancing's share of a step", *map(_share, study.results.values())])
     rows = columns if tasks_in_rows else [list(row) for row in zip(*columns, strict=True)]
     return tabulate(rows[1:], headers=rows[0], tablefmt="github", disable_numparse=True)
 
