@@ -205,6 +205,9 @@ class DBMTL:
         self._reached = [False] * len(self._params)  # by any task, ever
         self._failure: str | None = None
         self._window: Window | None = None
+        self._forget_results()
+
+    def _forget_results(self) -> None:
         self._last: Step | None = None
         dtype, device = compute_dtype(self._state_dtype), self.layout.device
         unmeasured = torch.full((self.num_tasks,), torch.nan, dtype=dtype, device=device)
@@ -624,6 +627,7 @@ class DBMTL:
 
     def _end_plain_step(self, active: Tensor | None = None) -> None:
         assert self._window is not None
+        self._forget_results()
         self.weights = torch.ones_like(self.weights)
         if active is not None:
             self.weights *= active

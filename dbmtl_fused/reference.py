@@ -95,9 +95,7 @@ def _alpha(norms: Tensor, preference: Tensor | None, mode: str, constant: float)
             value = norms.where(counts, torch.inf).amin()
         case "mean":
             value = norms.where(counts, 0).sum() / number
-        case (
-            "median"
-        ):  # of an even number: the mean of the middle two; those that do not count are put behind all others
+        case "median":  # of an even number: the mean of the middle two; what does not count is put behind all others
             by_norm = norms.argsort(stable=True)
             ordered = norms[by_norm[(~counts[by_norm]).to(torch.int8).argsort(stable=True)]]
             middle = torch.stack([number - 1, number]).clamp(min=0) // 2

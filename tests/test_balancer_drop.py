@@ -46,6 +46,7 @@ def test_the_buffer_goes(backend: str, rng: Rng, drop_in: bool, alpha: str | Non
         assert bool(balancer.ema) == (step <= LAST)
         assert bool(balancer.state_dict()["ema"]) == (step <= LAST)
         assert int(balancer.step) == step
+        assert bool(balancer.grad_norm.isnan()) == bool(balancer.norms.isnan().all()) == (alpha is None and step > LAST)
 
 
 def test_steps_that_overflow_do_not_count(rng: Rng) -> None:
