@@ -76,7 +76,7 @@ def readme(runs: Sequence[Run]) -> str:
         f"{machine['threads']} threads of {machine['cpu']}, {run.found['versions']['capability']}, fp32, from "
         f"[`benchmarks/{run.path}`](benchmarks/{run.path}); `make bench` measures yours. Every candidate is checked to "
         "give the same answer before it is timed. All tables, figures and how cost grows: "
-        f"[docs/benchmarks.md](docs/benchmarks.md). {NO_GPU if len(runs) == 1 else ''}",
+        f"[docs/benchmarks.md](docs/benchmarks.md). {NO_GPU if _only_cpus(runs) else ''}",
         f"A training step without the optimizer ({table['title'].removeprefix('step: ')}), against a bare loop of T "
         "backward passes that throws the gradients away:",
         markdown(["", "step", "/ bare loop", "peak memory over it"], rows),
@@ -106,13 +106,19 @@ def page(runs: Sequence[Run]) -> str:
     parts = [INTRODUCTION.rstrip()]
     for run in runs:
         parts += _run(run)
-    if all(run.name == "cpu" for run in runs):
+    if _only_cpus(runs):
         parts += ["## GPU", NO_GPU]
     return "\n\n".join(parts) + "\n"
 
 
+def _only_cpus(runs: Sequence[Run]) -> bool:
+    return all(run.name.startswith("cpu") for run in runs)
+
+
 def _run(run: Run) -> Iterator[str]:
     device = run.found.get("device", "cpu")
+    if device == "cpu":
+        device = run.found["machine"]["cpu"]
     yield f"## {device if isinstance(device, str) else device['name']}"
     yield f"`benchmarks/{run.path}`, {run.found['date'][:10]}:\n\n```\n{environment_to_text(run.found)}\n```"
     yield "### Bars"

@@ -59,18 +59,16 @@ class Run:
 
 
 def load(folder: Path = RESULTS) -> list[Run]:
-    """Every run that is committed: CPU first, then what ``bench --device cuda`` and ``make gpu`` left, if anything."""
-    return [run for read in (_bench("cpu"), _bench("cuda"), _gpu) for run in read(folder)]
+    """Every run that is committed: CPUs first, the newest of them first (``cpu.json``, then ``cpu_*.json`` of other
+    machines), then what ``bench --device cuda`` and ``make gpu`` left, if anything."""
+    return [*_bench(folder, "cpu"), *_bench(folder, "cpu_*"), *_bench(folder, "cuda"), *_gpu(folder)]
 
 
-def _bench(name: str) -> Callable[[Path], Iterator[Run]]:
-    def read(folder: Path) -> Iterator[Run]:
-        if (path := folder / f"{name}.json").exists():
-            content = json.loads(path.read_text())
-            tables = [Table(section) for section in content["sections"]]
-            yield Run(name, f"{folder.name}/{path.name}", content, tables, content["left_out"])
-
-    return read
+def _bench(folder: Path, names: str) -> Iterator[Run]:
+    for path in sorted(folder.glob(f"{names}.json")):
+        content = json.loads(path.read_text())
+        tables = [Table(section) for section in content["sections"]]
+        yield Run(path.stem, f"{folder.name}/{path.name}", content, tables, content["left_out"])
 
 
 def _gpu(folder: Path) -> Iterator[Run]:

@@ -152,8 +152,9 @@ def test_make_gpu_can_measure_steps(tmp_path: Path) -> None:
     """A stage of its own, for which the default ones leave no time; what it writes is read back."""
     options = gpu._parse(["--device", "cpu", "--quick", "--stages", "steps", "--out", str(tmp_path)])
     command = gpu.STAGES["steps"].command(gpu.Context(options, tmp_path, 100.0))
-    assert command[-5:-2] == ["--quick", "--seconds", "70"]
-    assert run._parse(command[4:]).out == tmp_path / "steps.json"
+    parsed = run._parse(command[4:])
+    assert (parsed.quick, parsed.seconds, parsed.data) == (True, 70, options.data)
+    assert parsed.out == tmp_path / "steps.json"
     assert command[3:5] == ["benchmarks.run", "step"]
 
 
