@@ -48,11 +48,14 @@ class BetaSchedule:
     def is_over(self, step: Tensor) -> bool:
         """Whether the step about to be taken needs no EMA any more. To be asked before each step, at least once.
 
-        Waits for the device only when the number of calls says that it may be so: as a rule once in a training.
+        Waits for the device only when the number of calls says that it may be so: as a rule once in a training. Never
+        while a graph is captured, which keeps its EMA.
 
         :param step: Steps taken so far, 0-d int64 on the device.
         """
-        if self._at_most >= self._last_step and not _is_capturing(step.device):
+        if _is_capturing(step.device):
+            return False
+        if self._at_most >= self._last_step:
             self._at_most = int(step)
         over = self._at_most >= self._last_step
         self._at_most += 1

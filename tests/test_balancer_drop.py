@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_models import Algorithm1, Net, grads_of, make_net, relative_error
 
-from dbmtl_fused import DBMTL
+from dbmtl_fused import DBMTL, schedule
 from dbmtl_fused.rows import EmaRows
 from dbmtl_fused.schedule import BetaSchedule
 
@@ -63,7 +63,7 @@ def test_steps_that_overflow_do_not_count(rng: Rng) -> None:
 
 def test_the_host_seldom_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, as a rule; and again as many calls later as steps were skipped."""
-    schedule = BetaSchedule(0.9, 0.5, 0.42)
+    of = BetaSchedule(0.9, 0.5, 0.42)
     asked = []
 
     class Step(int):
@@ -74,8 +74,21 @@ def test_the_host_seldom_asks(monkeypatch: pytest.MonkeyPatch) -> None:
             return self + 0
 
     taken = [0, 1, 1, 1, 2, 3, 4]  # before each call; two steps were skipped
-    assert [schedule.is_over(Step(k)) for k in taken] == [False] * 6 + [True]
+    assert [of.is_over(Step(k)) for k in taken] == [False] * 6 + [True]
     assert asked == [2, 4]
+
+
+def test_a_captured_graph_keeps_its_buffer(rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is captured the device cannot be asked, and the host's count alone must not decide."""
+    net, balancer = make()
+    for _ in range(LAST):
+        balancer.backward(net.batch_losses(rng))
+    with monkeypatch.context() as patch:
+        patch.setattr(schedule, "_is_capturing", lambda device: True)
+        balancer.backward(net.batch_losses(rng))
+    assert balancer.ema
+    balancer.backward(net.batch_losses(rng))
+    assert not balancer.ema
 
 
 def test_resuming_on_either_side(rng: Rng) -> None:
@@ -123,10 +136,10 @@ def test_a_checkpoint_without_buffer_is_only_for_who_has_none(rng: Rng) -> None:
     ("beta", "sigma", "below"), [(0.9, 0.5, 0.42), (0.9, 0.5, 0.45), (0.9, 1.0, 0.1), (0.5, 2.0, 1e-5), (0.7, 0.3, 0.7)]
 )
 def test_the_last_step(beta: float, sigma: float, below: float) -> None:
-    schedule = BetaSchedule(beta, sigma, below)
+    of = BetaSchedule(beta, sigma, below)
     last = next(k for k in range(1, 10_000) if beta / (k + 1) ** sigma < below)
-    assert not schedule.has_ended(last - 1)
-    assert schedule.has_ended(last)
+    assert not of.has_ended(last - 1)
+    assert of.has_ended(last)
 
 
 def test_never(rng: Rng) -> None:
