@@ -52,6 +52,7 @@ TIME_OVER_COPY = {6.7: 0.92, 11.2: 0.95, 25.6: 1.00}
 OVER_LIBMTL, OVER_TIGHT = 2.8, 1.2
 OVER_COMPILED, OVER_COMPILED_MANY = 1.4, 1.15
 SMALL_WARM_US, SMALL_COLD_US = 3.0, 4.0
+BEGIN_US = 2.0
 CUDA_OVER_TRITON = 1.03
 """Time of the CUDA kernels over that of the Triton kernels, in every table that has both."""
 
@@ -185,6 +186,31 @@ class Matrices:
     def gram_eagerly(self) -> None:
         """``gram`` in torch's own operator, which knows nothing of symmetry."""
         torch.mm(self.ema, self.ema.t(), out=self.products)
+
+
+class Beginning:
+    """Buffers of ``begin_step``: losses of different size, as tasks' are, of the tenth step."""
+
+    def __init__(self, T: int, device: torch.device) -> None:
+        self.losses = torch.logspace(-2, 2, T, device=device)
+        self.scale, self.step = torch.tensor(1024.0, device=device), torch.tensor(9, device=device)
+        self.seeds, self.betas = torch.empty_like(self.losses), torch.empty_like(self.losses)
+        self.inv_scale, self.found_inf = torch.empty_like(self.scale), torch.empty_like(self.scale)
+
+    def begin_step(self, op: Callable[..., None]) -> None:
+        results = self.seeds, self.betas, self.inv_scale, self.found_inf
+        op(self.losses, None, self.scale, self.step, BETA, 0.5, 1, EPS, False, *results)
+
+    def error_of(self, op: Callable[..., None]) -> float:
+        """Run an operator, its results poisoned."""
+        results = self.seeds, self.betas, self.inv_scale
+        for of in (*results, self.found_inf):
+            of.fill_(torch.nan)
+        self.begin_step(op)
+        scale, losses = self.scale.double(), self.losses.double()
+        exact = scale / (losses + EPS), torch.full_like(losses, BETA / 10**0.5), 1 / scale
+        errors = [relative_error(*pair) for pair in zip(results, exact, strict=True)]
+        return max(errors) if self.found_inf == 0 else torch.inf
 
 
 class Exact:
@@ -471,35 +497,53 @@ def measure_small(run: Run, T: int, P: int) -> None:
             fused(backend): [functools.partial(of.balance_, backends.operators(backend).balance_) for of in sets]
             for backend in reversed(run.kernels)
         }
-        number = 4 if run.quick else _GRAPH_CALLS_SMALL
-        timers = {name: slope_timer(of, run.device, number) for name, of in calls.items()}
-        if run.device.type == "cuda":
-            from benchmarks import stream_kernels
+        _slopes(run, title, calls, limit)
 
-            empty = functools.partial(stream_kernels.empty, sets[0].out)
-            timers[EMPTY] = slope_timer([empty], run.device, number)
-        samples = interleave(timers, run.rounds, warmup=2, title=title)
-        bars = [
-            Bar(
-                f"{title}, {fused(backend)} less {EMPTY}",
-                limit,
-                False,
-                per_round(lambda own, empty: (own - empty) * 1e6, samples, fused(backend), EMPTY),
-                "µs",
-            )
-            for backend in _measured(run, samples)
-            if EMPTY in samples
-        ]
-        bars += _beside_triton(title, samples)
-        run.sections.append(Section(title, samples, bars, notes=_skipped_without_gpu(run.device)))
+
+def measure_begin_step(run: Run, T: int) -> None:
+    """``begin_step``, which is all launch: what one more call in a graph adds, less an empty kernel."""
+    buffers = Beginning(T, run.device)
+    calls: dict[str, Calls] = {}
+    for backend in reversed(run.backends):
+        op = backends.operators(backend).begin_step
+        _assert_right(buffers.error_of(op), FP32.rtol)
+        calls[fused(backend)] = [functools.partial(buffers.begin_step, op)]
+    _slopes(run, f"begin_step fp32, T={T}: slope of a graph", calls, BEGIN_US)
+
+
+def _slopes(run: Run, title: str, calls: Mapping[str, Calls], limit: float) -> None:
+    """The table of what one more call adds; ``limit``: microseconds above an empty kernel."""
+    number = 4 if run.quick else _GRAPH_CALLS_SMALL
+    timers = {name: slope_timer(of, run.device, number) for name, of in calls.items()}
+    if run.device.type == "cuda":
+        from benchmarks import stream_kernels
+
+        empty = functools.partial(stream_kernels.empty, torch.empty(1, device=run.device))
+        timers[EMPTY] = slope_timer([empty], run.device, number)
+    samples = interleave(timers, run.rounds, warmup=2, title=title)
+    bars = [
+        Bar(
+            f"{title}, {fused(backend)} less {EMPTY}",
+            limit,
+            False,
+            per_round(lambda own, empty: (own - empty) * 1e6, samples, fused(backend), EMPTY),
+            "µs",
+        )
+        for backend in _measured(run, samples)
+        if EMPTY in samples
+    ]
+    bars += _beside_triton(title, samples)
+    run.sections.append(Section(title, samples, bars, notes=_skipped_without_gpu(run.device)))
 
 
 def measure_host(run: Run, T: int, P: int, params: Sequence[shapes.Shape]) -> None:
     """What one call costs the host, launches not waited for."""
     matrices, lists = Matrices(T, P, FP32, run.device), RowLists(params, FP32, run.device)
+    beginning = Beginning(T, run.device)
     functions: dict[str, Callable[[], object]] = {}
     for backend in run.kernels:
         ops = backends.operators(backend)
+        functions[f"begin_step, {backend}"] = functools.partial(beginning.begin_step, ops.begin_step)
         functions[f"balance_, {backend}"] = functools.partial(matrices.balance_, ops.balance_)
         functions[f"dbmtl_fused.balance_, {backend}"] = functools.partial(
             balance_, matrices.ema, matrices.grads, matrices.beta, out=matrices.out, backend=backend
@@ -619,6 +663,7 @@ def plan(quick: bool) -> list[tuple[str, Callable[[Run], None]]]:
                 add(measure_gram, 3, 5_000, dtypes)
             add(measure_ema_update, "few", few, dtypes)
         add(measure_small, 3, 1_000)
+        add(measure_begin_step, 3)
         add(measure_host, 3, 1_000, few)
         return jobs
 
@@ -635,6 +680,7 @@ def plan(quick: bool) -> list[tuple[str, Callable[[Run], None]]]:
     for T in TASKS:
         add(measure_gram, T, columns_of(T, LARGE_BYTES // 2), FP32)
     add(measure_small, 3, 100_000)
+    add(measure_begin_step, 11)
     add(measure_host, 3, 100_000, models["ResNet-50"])
     for T in TASKS:
         for millions in MILLIONS:

@@ -41,7 +41,8 @@ BUILD_RECORDS = {"_C": "_build_error.txt", "_C_cuda": "_build_error_cuda.txt"}
 
 SUITE = (
     # The most telling first: parity, bits, whole steps.
-    *("test_ops_values", "test_ops_streaming", "test_balance_function", "test_ops_rounding", "test_ops_bits"),
+    *("test_ops_values", "test_ops_streaming", "test_balance_function", "test_ops_begin"),
+    *("test_ops_rounding", "test_ops_bits"),
     *("test_balancer_trajectory", "test_balancer_contract", "test_balancer_capture", "test_ops_compile"),
     *("test_balancer_state", "test_balancer_errors", "test_ops_properties", "test_ops_large"),
 )

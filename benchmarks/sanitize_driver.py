@@ -27,6 +27,9 @@ from dbmtl_fused.layout import ALIGN, chunk_table
 MATRICES = ((1, 1), (3, 4097), (17, 300), (300, 65), (2, 70_001))
 """``T x P``: more tasks than a block has room for, more columns than the grid takes at once."""
 
+LOSSES = (1, 33, 300)
+"""How many of them ``begin_step`` gets: fewer than a block has threads, and more."""
+
 ROWS = ((5, 4097, 0, 300, 20_001, 17, 64), tuple(range(30, 100)))
 """Sizes of the parameters: several chunks, none; and more of them than the smallest block of pointers holds."""
 
@@ -96,6 +99,22 @@ class Inputs:
         """Memory that nothing was written to."""
         numel = torch.Size(size).numel()
         return torch.empty(layout.offset + numel, dtype=dtype, device=self.device)[layout.offset :].view(size)
+
+
+def begin_step(T: int, dtypes: Dtypes, kind: int, backend: str, device: torch.device) -> Results:
+    """``begin_step`` of losses of which half are negative, with and without the log, tasks missing or not.
+
+    ``dtypes``: of losses and of betas.
+    """
+    (loss, real), layout, inputs = dtypes, _layout(kind), Inputs(device, kind)
+    losses, scale, step = inputs.normal((T,), loss, layout), inputs.scalar(1024, loss), inputs.scalar(9, torch.int64)
+    active = inputs.placed(torch.arange(T) % 3 > 0, layout) if kind % 4 > 1 else None
+    log_eps, accumulate = (1e-8 if kind % 7 < 5 else None), kind % 5 < 2
+    flag = inputs.scalar(0.0, torch.float32) if accumulate else inputs.fresh((), torch.float32)
+    seeds, betas, inv_scale = inputs.fresh((T,), loss, layout), inputs.fresh((T,), real, layout), inputs.fresh((), real)
+    op = backends.operators(backend).begin_step
+    op(losses, active, scale, step, 0.9, 0.5, 3, log_eps, accumulate, seeds, betas, inv_scale, flag)
+    return {"seeds": seeds, "betas": betas, "inv_scale": inv_scale, "found_inf": flag}
 
 
 def balance(T: int, P: int, dtypes: Dtypes, kind: int, backend: str, device: torch.device) -> Results:
@@ -201,6 +220,10 @@ def cases() -> Iterator[Case]:
         for (state, _), kind in zip(DTYPES[1:4], kinds, strict=False):
             name = f"ema_update_ {len(numels)} tensors, {_short(state)} state"
             yield Case(name, functools.partial(ema_update, numels, state, kind))
+    for loss, real in itertools.product((torch.float32, torch.float64), repeat=2):
+        for T, kind in zip(LOSSES, kinds, strict=False):
+            name = f"begin_step {T}, {_short(loss)} losses, {_short(real)} betas"
+            yield Case(name, functools.partial(begin_step, T, (loss, real), kind))
 
 
 def run(case: Case, backend: str, device: torch.device) -> None:

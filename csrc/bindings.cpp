@@ -45,6 +45,7 @@ PYBIND11_MODULE(_C, module) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dbmtl_fused, CPU, library) {
+  library.impl("begin_step.cpu", TORCH_BOX(&dbmtl_fused::cpu::begin_step));
   library.impl("ema_update_.cpu", TORCH_BOX(&dbmtl_fused::cpu::ema_update_));
   library.impl("combine.cpu", TORCH_BOX(&dbmtl_fused::cpu::combine));
   library.impl("gram.cpu", TORCH_BOX(&dbmtl_fused::cpu::gram));

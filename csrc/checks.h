@@ -28,6 +28,8 @@ inline constexpr ScalarType kScalarType<double> = ScalarType::Double;
 template <>
 inline constexpr ScalarType kScalarType<BFloat16> = ScalarType::BFloat16;
 template <>
+inline constexpr ScalarType kScalarType<bool> = ScalarType::Bool;
+template <>
 inline constexpr ScalarType kScalarType<int32_t> = ScalarType::Int;
 template <>
 inline constexpr ScalarType kScalarType<int64_t> = ScalarType::Long;
@@ -52,6 +54,22 @@ void with_state_type(const Tensor& state, const char* name, const Body& body) {
   if (found == ScalarType::Double) return body(double{});
   if (found == ScalarType::BFloat16) return body(BFloat16{});
   STD_TORCH_CHECK(false, name, " must be float32, float64 or bfloat16, got ", name_of(found));
+}
+
+// body(Element{}), of what is not rounded stochastically.
+template <class Body>
+void with_float_type(const Tensor& tensor, const char* name, const Body& body) {
+  const ScalarType found = tensor.scalar_type();
+  if (found == ScalarType::Float) return body(float{});
+  if (found == ScalarType::Double) return body(double{});
+  STD_TORCH_CHECK(false, name, " must be float32 or float64, got ", name_of(found));
+}
+
+// body(Loss{}, Real{}), after the dtypes of the losses and of the betas.
+template <class Body>
+void with_begin_types(const Tensor& losses, const Tensor& betas, const Body& body) {
+  with_float_type(losses, "losses",
+                  [&](auto loss) { with_float_type(betas, "betas", [&](auto beta) { body(loss, beta); }); });
 }
 
 // Checks of tensors that must be on one device. They return what they have checked: an address that is good there, for
@@ -107,6 +125,32 @@ class Checks {
             preference ? vector<Real>(*preference, "preference", T) : nullptr,
             vector<Real>(norms, "norms", T),
             vector<Real>(weights, "weights", T)};
+  }
+
+  template <class Loss, class Real>
+  BeginStep<Loss, Real> begin_step_of(const Tensor& losses, const std::optional<Tensor>& active, const Tensor& scale,
+                                      const Tensor& step, double beta, double beta_sigma, int64_t micro_batches,
+                                      std::optional<double> log_eps, bool accumulate, const Tensor& seeds,
+                                      const Tensor& betas, const Tensor& inv_scale, const Tensor& found_inf) const {
+    STD_TORCH_CHECK(losses.dim() == 1 && losses.size(0) >= 1, "losses must have shape (T,) with T >= 1, got ",
+                    shape_of(losses));
+    STD_TORCH_CHECK(micro_batches >= 1, "micro_batches must be >= 1, got ", micro_batches);
+    const int64_t T = losses.size(0);
+    return {vector<Loss>(losses, "losses", T),
+            active ? vector<bool>(*active, "active", T) : nullptr,
+            T,
+            scalar<Loss>(scale, "scale"),
+            scalar<int64_t>(step, "step"),
+            beta,
+            beta_sigma,
+            micro_batches,
+            log_eps.has_value(),
+            log_eps.value_or(0),
+            accumulate,
+            vector<Loss>(seeds, "seeds", T),
+            vector<Real>(betas, "betas", T),
+            scalar<Real>(inv_scale, "inv_scale"),
+            scalar<float>(found_inf, "found_inf")};
   }
 
   // Of ema_update_. A gradient may have any shape and stride: it is read as its first numel elements in memory.

@@ -35,6 +35,26 @@ inline const void* element(const void* data, DType dtype, int64_t index) {
 
 enum class Alpha : uint8_t { kMax, kMin, kMean, kMedian, kConstant, kNone };
 
+// Loss is float or double, Real what betas are held in.
+template <class Loss, class Real>
+struct BeginStep {
+  const Loss* losses;  // (T,)
+  const bool* active;  // (T,); null: all
+  int64_t T;
+  const Loss* scale;
+  const int64_t* step;
+  double beta;
+  double beta_sigma;
+  int64_t micro_batches;
+  bool log;  // whether log_eps counts
+  double log_eps;
+  bool accumulate;
+  Loss* seeds;  // (T,)
+  Real* betas;  // (T,)
+  Real* inv_scale;
+  float* found_inf;
+};
+
 // The gradient of one parameter and where its columns are.
 struct Gradient {
   const void* data;  // (numel,); null counts as zeros

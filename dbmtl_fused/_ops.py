@@ -85,6 +85,57 @@ def _check_vectors(T: int, **vectors: Tensor) -> None:
 
 
 @_define(
+    "begin_step(Tensor losses, Tensor? active, Tensor scale, Tensor step, float beta, float beta_sigma, "
+    "int micro_batches, float? log_eps, bool accumulate, Tensor(a!) seeds, Tensor(b!) betas, Tensor(c!) inv_scale, "
+    "Tensor(d!) found_inf) -> ()"
+)
+def _begin_step_fake(
+    losses: Tensor,
+    active: Tensor | None,
+    scale: Tensor,
+    step: Tensor,
+    beta: float,
+    beta_sigma: float,
+    micro_batches: int,
+    log_eps: float | None,
+    accumulate: bool,
+    seeds: Tensor,
+    betas: Tensor,
+    inv_scale: Tensor,
+    found_inf: Tensor,
+) -> None:
+    """What the backward passes of ``T`` losses start from, and the coefficient that each takes its row of the EMA with.
+
+    All that a step knows before its first backward pass, in one go (paper, Algorithm 1: the gradient of the log, and
+    the coefficient of iteration ``k = step + 1``)::
+
+        unusable  = active and not (isfinite(losses) and losses >= 0)      losses >= 0 only under the log
+        seeds     = scale / micro_batches / (losses + log_eps)             without the last factor if log_eps is None;
+                                                                           NaN where unusable, 0 where not active
+        betas     = beta / (step + 1)**beta_sigma                          1 where unusable or not active
+        inv_scale = 1 / scale
+        found_inf = any(unusable)                                          or as it was, if accumulate
+
+    :param losses: Shape ``(T,)``, float32 or float64. Those that are not active may be anything.
+    :param active: Which tasks take part, shape ``(T,)``, bool; None: all.
+    :param scale: Factor on all gradients, 0-d, of the dtype of ``losses``.
+    :param step: Steps taken so far, 0-d int64.
+    :param beta, beta_sigma: The schedule; computed in float64, to 1e-13 of the value.
+    :param micro_batches: How many of them make a step, >= 1.
+    :param log_eps: Added to losses under the log; None: losses are balanced as they are.
+    :param seeds: Shape ``(T,)``, of the dtype of ``losses``; written.
+    :param betas: Shape ``(T,)``, float32 or float64; written.
+    :param inv_scale: 0-d, of the dtype of ``betas``; written.
+    """
+    _check_devices(losses, scale, step, seeds, betas, inv_scale, found_inf, *([] if active is None else [active]))
+    torch._check(losses.dim() == 1, lambda: f"losses must be 1-D, got {losses.dim()}-D")
+    (T,) = losses.shape
+    _check_vectors(T, seeds=seeds, betas=betas)
+    if active is not None:
+        _check_vectors(T, active=active)
+
+
+@_define(
     "ema_update_(Tensor(a!) row, Tensor?[] grads, int[] slots, Tensor segments, Tensor chunks, Tensor beta, "
     "Tensor inv_scale, Tensor? seed, Tensor(b!) partials, Tensor(c!) sq_norm, Tensor(d!) found_inf, "
     "Tensor(e!) arrivals, bool accumulate) -> ()"

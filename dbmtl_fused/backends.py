@@ -38,6 +38,7 @@ _BUILD_ERRORS = {
 class Operators(NamedTuple):
     """The operators of one backend; contracts in :mod:`dbmtl_fused._ops`."""
 
+    begin_step: OpOverload
     ema_update_: OpOverload
     combine: OpOverload
     gram: OpOverload

@@ -122,7 +122,8 @@ class DBMTL:
         self._bucket_bytes = self._checked_bucket_bytes(bucket_bytes)
         self.backend = backends.resolve(backend, self.layout.device)
 
-        arguments = self.layout, backends.operators(self.backend), alpha_mode, eps, self._state_dtype
+        self._ops = backends.operators(self.backend)
+        arguments = self.layout, self._ops, alpha_mode, eps, self._state_dtype
         self._new_ema_rows = partial(EmaRows, self.num_tasks, *arguments)
         self._new_sum_rows = partial(SumRows, self.num_tasks, *arguments)
         self._is_plain_sum = alpha is None and preference is None  # without an EMA: one ordinary backward pass
@@ -132,6 +133,7 @@ class DBMTL:
             dtype = compute_dtype(self._state_dtype)
             self.preference = torch.tensor(preferences, dtype=dtype, device=self.layout.device)
         self._step = torch.zeros((), dtype=torch.int64, device=self.layout.device)
+        self._one = torch.ones((), dtype=compute_dtype(self._state_dtype), device=self.layout.device)
         self._all_shared_graphs = False
         self.reset()
 
@@ -250,7 +252,7 @@ class DBMTL:
             raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
         self._prepare()
         tasks, task_losses = self._task_losses(losses, active, accumulation_steps)
-        scale = torch.ones_like(task_losses.values[0])
+        scale = self._one.to(task_losses.values.dtype)
         if scaler is not None:
             scale = scaler.scale(scale)
         if self._rows is None:
@@ -340,10 +342,9 @@ class DBMTL:
         self._task = tasks[0]
         try:
             if window.step is None:
-                window.step = Step(self._beta_k(), window.taken, self._step, preference=self.preference, active=active)
+                window.step = self._new_step(window, active)
                 rows.begin(window.step)
-            window.step.take(tasks, scale, losses.unusable)
-            seeds = losses.seeds(scale / window.size)
+            seeds = self._seeds(window.step, tasks, losses, scale, window.size)
             with self._capture() as capture:
                 for task, root, seed, kept in zip(tasks, losses.roots, seeds, keep, strict=True):
                     self._task = task
@@ -387,6 +388,7 @@ class DBMTL:
             self._check_accumulation(accumulation_steps, active)
         if active is not None:
             check_active(active, self.num_tasks, self.layout.device)
+            active = active.contiguous()
         tasks, present = tasks_of(losses, self.task_names)
         if self._window is not None and need_graph:
             self._window.check(tasks, accumulation_steps)
@@ -521,10 +523,18 @@ class DBMTL:
             )
         self._guard.check()
 
-    def _beta_k(self) -> Tensor:
-        if not isinstance(self._rows, EmaRows):
-            return torch.zeros((), dtype=compute_dtype(self._state_dtype), device=self.layout.device)
-        return self._schedule.beta_k(self._step, compute_dtype(self._state_dtype))
+    def _new_step(self, window: Window, active: Tensor | None) -> Step:
+        beta = self.beta if isinstance(self._rows, EmaRows) else 0.0
+        dtype, preference = compute_dtype(self._state_dtype), self.preference
+        return Step(window.taken, self._step, beta, self.beta_sigma, dtype, preference=preference, active=active)
+
+    def _seeds(
+        self, step: Step, tasks: Sequence[int], losses: TaskLosses, scale: Tensor, micro_batches: int
+    ) -> list[Tensor]:
+        """What each task's backward pass starts from."""
+        options: dict[str, Any] = {"active": losses.active, "log_eps": self.log_eps}
+        seeds = step.take(self._ops.begin_step, tasks, losses.values, scale, micro_batches=micro_batches, **options)
+        return losses.of_roots(seeds)
 
     def _shared_graphs(self, losses: TaskLosses) -> list[bool]:
         """Which tasks' graphs must outlive their backward pass.
@@ -601,7 +611,8 @@ class DBMTL:
         if overwrite and not any(window.taken):
             for p in self._params:
                 p.grad = None
-        backward_pass(losses.roots, losses.seeds(scale / window.size), retain_graph=retain_graph)
+        seeds = self._seeds(self._new_step(window, None), tasks, losses, scale, window.size)
+        backward_pass(losses.roots, seeds, retain_graph=retain_graph)
         self._count_plain(tasks, active)
 
     def _plain_loss(

@@ -110,12 +110,13 @@ def _streaming(
     T = 3
     params = [(str(i), torch.zeros(shape, dtype=grad_dtype, device=device)) for i, shape in enumerate(PARAMETERS)]
     layout = FlatLayout(params)
-    rows = EmaRows(T, layout, backends.operators(backend), ("max", 0.0), EPS, state_dtype)
+    ops = backends.operators(backend)
+    rows = EmaRows(T, layout, ops, ("max", 0.0), EPS, state_dtype)
     expected, errors = None, []
     for k in range(STEPS):
-        beta, one = (torch.tensor(value, dtype=compute_dtype(state_dtype), device=device) for value in (BETA, 1.0))
-        step = Step(beta, [0] * T, torch.tensor(k, device=device))
-        step.take(range(T), one, torch.zeros(T, dtype=torch.bool, device=device))
+        losses = torch.ones(T, device=device)
+        step = Step([0] * T, torch.tensor(k, device=device), BETA, 0.0, compute_dtype(state_dtype))
+        step.take(ops.begin_step, range(T), losses, losses[0])
         rows.begin(step)
         flat_grads = torch.zeros(T, layout.P, dtype=torch.float64, device=device)
         *whole, (last, _) = enumerate(layout.slots)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -26,6 +25,7 @@ class TaskLosses:
         a loss to be logged is negative.
 
     ``values``: detached losses, shape ``(T,)``, float32, or float64 if any loss is; 1 where they do not count.
+    ``active`` as given.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class TaskLosses:
     ) -> None:
         self.task_names = task_names
         self.log_eps = log_eps
-        self._active = active
+        self.active = active
         self._need_graph = need_graph
         self._stacked: Tensor | None = None  # a (T,) tensor that could not be peeled into its parts
         self._tensors: list[Tensor] = []  # the losses, or what stands for them in ``differentiable_value``
@@ -107,7 +107,7 @@ class TaskLosses:
 
     def _counting(self, per_task: Tensor, otherwise: float) -> Tensor:
         """``per_task``, and something else where a task does not count."""
-        return per_task if self._active is None else per_task.where(self._active, otherwise)
+        return per_task if self.active is None else per_task.where(self.active, otherwise)
 
     def value(self) -> Tensor:
         """The objective, detached: ``sum_t log(l_t + eps)``, or ``sum_t l_t`` without the log; 0-d."""
@@ -121,28 +121,14 @@ class TaskLosses:
     def _objective(self, losses: Tensor) -> Tensor:
         return self._counting(losses if self.log_eps is None else (losses + self.log_eps).log(), 0).sum()
 
-    def seeds(self, scale: Tensor) -> list[Tensor]:
-        """What each root's backward starts from: ``scale * d log(l_t + eps) / d l_t``, NaN where the loss is unusable,
-        0 where it does not count.
-
-        Bit for bit what autograd would compute through the log, ``scale / (l_t + eps)``, in at least float32.
-        """
-        derivative = scale.to(self.values).expand_as(self.values)
-        if self.log_eps is not None:
-            derivative = derivative / (self.values + self.log_eps)
-        seeds = self._counting(torch.where(self.unusable, torch.nan, derivative), 0)
+    def of_roots(self, seeds: Tensor) -> list[Tensor]:
+        """``seeds`` of shape ``(T,)``, one for each loss, as what each root's backward pass starts from."""
         if self._stacked is not None:
             return list(torch.diag(seeds).to(self._stacked))
         return [
             seed.reshape(root.shape).to(root) if isinstance(root, Tensor) else seed  # the engine casts an edge's seed
             for seed, root in zip(seeds, self.roots, strict=True)
         ]
-
-    @cached_property
-    def unusable(self) -> Tensor:
-        """Which losses carry no gradient information: not finite, or negative under the log; shape ``(T,)``, bool."""
-        unusable = ~self.values.isfinite()
-        return unusable if self.log_eps is None else unusable | (self.values < 0)
 
     def shared_with_later(self) -> list[bool]:
         """Whether a task's graph has a node in common with a later task's: its buffers must outlive its backward."""

@@ -16,6 +16,15 @@ REAL = np.longdouble
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+class Begun(NamedTuple):
+    """What ``begin_step`` computes."""
+
+    seeds: Array  # (T,)
+    betas: Array  # (T,)
+    inv_scale: Any  # 0-d
+    found_inf: bool
+
+
 class Ema(NamedTuple):
     """An updated EMA and whether the guard had to hold back one of its entries."""
 
@@ -36,6 +45,34 @@ class Balanced(NamedTuple):
 def real(values: Any) -> Array:
     """``values`` in the oracle's precision."""
     return np.asarray(values, dtype=REAL)
+
+
+def begin_step(
+    losses: Array,
+    k: int,
+    *,
+    active: Array | None = None,
+    scale: Any = 1.0,
+    beta: float = 0.9,
+    beta_sigma: float = 0.5,
+    micro_batches: int = 1,
+    log_eps: float | None = 1e-8,
+    found_inf: bool = False,
+) -> Begun:
+    """What the backward passes of iteration ``k = 1, 2, ...`` start from, and each row's coefficient, task by task."""
+    seeds, betas = [], []
+    seed: Any
+    for t, loss in enumerate(real(losses)):
+        seed, beta_k = real(scale) / micro_batches, REAL(beta) / REAL(k) ** REAL(beta_sigma)
+        if active is not None and not active[t]:
+            seed, beta_k = REAL(0), REAL(1)
+        elif not np.isfinite(loss) or (log_eps is not None and loss < 0):
+            seed, beta_k, found_inf = REAL(np.nan), REAL(1), True
+        elif log_eps is not None:
+            seed = seed / (loss + REAL(log_eps))
+        seeds.append(seed)
+        betas.append(beta_k)
+    return Begun(np.stack(seeds), np.stack(betas), 1 / real(scale), found_inf)
 
 
 def ema_update(

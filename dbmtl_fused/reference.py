@@ -57,6 +57,36 @@ def _chunk_sq_norms(columns: Tensor) -> Tensor:
     return _chunk_sums(columns.to(compute_dtype(columns.dtype)).square())
 
 
+def begin_step(
+    losses: Tensor,
+    active: Tensor | None,
+    scale: Tensor,
+    step: Tensor,
+    beta: float,
+    beta_sigma: float,
+    micro_batches: int,
+    log_eps: float | None,
+    accumulate: bool,
+    seeds: Tensor,
+    betas: Tensor,
+    inv_scale: Tensor,
+    found_inf: Tensor,
+) -> None:
+    unusable = ~losses.isfinite()
+    derivative = (scale / micro_batches).expand_as(losses)
+    if log_eps is not None:
+        unusable |= losses < 0
+        derivative = derivative / (losses + log_eps)
+    absent = torch.zeros_like(unusable) if active is None else ~active
+    unusable &= ~absent
+    seeds.copy_(derivative.masked_fill(unusable, torch.nan).masked_fill(absent, 0))
+    beta_k = beta / (step + 1).double().pow(beta_sigma)
+    betas.copy_(beta_k.expand_as(losses).masked_fill(unusable | absent, 1))
+    inv_scale.copy_(scale.to(inv_scale.dtype).reciprocal())
+    found = unusable.any()
+    found_inf.copy_(torch.where(found, 1, found_inf) if accumulate else found)
+
+
 def ema_update_(
     row: Tensor,
     grads: Sequence[Tensor | None],
@@ -166,5 +196,5 @@ def balance_(
     combine(ema, sq_norms, None, found_inf, one, alpha, alpha_constant, eps, False, out, norms, weights, *unused)
 
 
-for _implementation in (ema_update_, combine, gram, balance_):
+for _implementation in (begin_step, ema_update_, combine, gram, balance_):
     _library.impl(f"{_implementation.__name__}.reference", _implementation, "CompositeExplicitAutograd")

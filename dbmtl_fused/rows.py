@@ -6,7 +6,7 @@ with one flat gradient per ``.grad`` dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,56 +21,85 @@ class Step:
 
     ``norms``, ``weights`` ``(T,)``, ``alpha_value`` 0-d, ``out_sq_norms`` (one for each flat gradient): results.
     ``found_inf``, ``scale``, ``inv_scale`` 0-d, ``preference`` ``(T,)`` or None: see ``_ops``. ``betas``: the 0-d
-    coefficient of each row.
+    coefficient of each row, by task.
 
     A step takes its gradients in one call of :meth:`take` or in several, of which each task's first decays its row and
     the others add to it. A task that has nothing to give, or is not active, keeps its row and takes no part.
 
-    :param beta: EMA coefficient, 0-d, of the dtype that is computed in.
     :param taken: How many gradients each task has had; the caller counts, here it is read.
-    :param number: ``k``, 0-d int64: rows of bfloat16 draw the random bits of their rounding from it.
+    :param number: Steps taken before, 0-d int64: rows of bfloat16 draw the random bits of their rounding from it.
+    :param beta, beta_sigma: The schedule of the EMA coefficient.
+    :param dtype: What is computed in.
     :param preference: Of the tasks, shape ``(T,)``; None: 1 for all.
     :param active: Which tasks take part, shape ``(T,)``, bool; None: all that give something.
     """
 
     def __init__(
         self,
-        beta: Tensor,
         taken: Sequence[int],
         number: Tensor,
+        beta: float,
+        beta_sigma: float,
+        dtype: torch.dtype,
         *,
         preference: Tensor | None = None,
         active: Tensor | None = None,
     ) -> None:
         T = len(taken)
-        self._beta, self.taken, self.active = beta, taken, active
-        self.betas: list[Tensor] = [beta] * T
-        self.found_inf = torch.zeros((), dtype=torch.float32, device=beta.device)
-        self.norms, self.weights = (beta.new_empty(T) for _ in range(2))
-        self.alpha_value = torch.empty_like(beta)
+        self._schedule, self.taken, self.active = (beta, beta_sigma), taken, active
+        self._number = number
+        self.betas: dict[int, Tensor] = {}
+        self.norms, self.weights = (torch.empty(T, dtype=dtype, device=number.device) for _ in range(2))
+        self.alpha_value, self.inv_scale = (self.norms.new_empty(()) for _ in range(2))
+        self.found_inf = torch.empty((), dtype=torch.float32, device=number.device)
         self.out_sq_norms: list[Tensor] = []
         self.preference = preference
-        self._number = number
         if active is not None:
             self.preference = (torch.ones_like(self.norms) if preference is None else preference).where(active, 0)
 
-    def take(self, tasks: Sequence[int], scale: Tensor, unusable: Tensor) -> None:
-        """Begin to take gradients of ``tasks``.
+    def take(
+        self,
+        begin_step: Callable[..., None],
+        tasks: Sequence[int],
+        losses: Tensor,
+        scale: Tensor,
+        *,
+        active: Tensor | None = None,
+        micro_batches: int = 1,
+        log_eps: float | None = None,
+    ) -> Tensor:
+        """Begin to take gradients of ``tasks``; returns what the backward passes of their losses start from.
 
-        :param scale: Factor on the gradients that come in and, again, on those that go out, 0-d.
-        :param unusable: Those of ``tasks`` whose loss carries no information, shape ``(len(tasks),)``, bool. Their rows
-            stay as they are (a coefficient of 1), and the step counts as non-finite.
+        A loss that carries no information leaves its row as it is, and the step counts as non-finite.
+
+        :param begin_step: The operator; ``losses``, ``scale`` and so on are of ``tasks`` alone and as it wants them.
+        :param scale: Factor on the gradients that come in and, again, on those that go out.
         """
-        betas = torch.where(unusable, 1, self._beta).unbind()
-        if self.active is not None:
-            active = self.active.unbind()
-            betas = tuple(beta.where(active[task], 1) for task, beta in zip(tasks, betas, strict=True))
-        for task, beta in zip(tasks, betas, strict=True):
-            if self.taken[task] == 0:
-                self.betas[task] = beta
-        self.found_inf = self.found_inf.maximum(unusable.any())
-        self.scale = scale.to(self._beta.dtype)
-        self.inv_scale = self.scale.reciprocal()
+        seeds, betas = torch.empty_like(losses), self.norms.new_empty(len(tasks))
+        begin_step(
+            losses,
+            active,
+            scale,
+            self._number,
+            *self._schedule,
+            micro_batches,
+            log_eps,
+            bool(self.betas),  # a flag raised before stays
+            seeds,
+            betas,
+            self.inv_scale,
+            self.found_inf,
+        )
+        for task, beta in zip(tasks, betas.unbind(), strict=True):
+            self.betas.setdefault(task, beta)
+        self.scale = scale.to(self.norms.dtype)
+        return seeds
+
+    def take_nothing(self) -> None:
+        """Take a gradient of zeros from every task, and leave every row as it is."""
+        self.scale = self.inv_scale = torch.ones_like(self.alpha_value)
+        self.betas = dict.fromkeys(range(len(self.taken)), self.inv_scale)
+        self.found_inf.zero_()
 
     def leave_out(self, tasks: Sequence[int]) -> None:
         """``tasks`` have had nothing."""
@@ -82,7 +111,7 @@ class Step:
 
     def seeds(self) -> tuple[Tensor, ...]:
         """Of the rounding of each row: no two alike, over all steps."""
-        T = len(self.betas)
+        T = len(self.taken)
         return (self._number * T + torch.arange(T, device=self._number.device)).unbind()
 
     def grad_norm(self) -> Tensor:
@@ -146,7 +175,7 @@ class _Rows:
 
     def begin(self, step: Step) -> None:
         self._step = step
-        self._seeds = step.seeds() if self._dtype is torch.bfloat16 else [None] * len(step.betas)
+        self._seeds = step.seeds() if self._dtype is torch.bfloat16 else [None] * len(step.taken)
 
     def update(self, task: int, slots: Sequence[int], grads: Sequence[Tensor | None], accumulate: bool) -> None:
         """Take gradients of ``task``; see ``ema_update_``. Only the first of several in a step decay the row."""
@@ -222,9 +251,8 @@ class EmaRows(_Rows):
     def measure(self) -> None:
         """Bring ``sq_norms`` up to date after the buffer was written to: a step that leaves every row as it is."""
         T, slots = len(self._rows), range(len(self._layout.slots))
-        one = torch.ones((), dtype=self._compute_dtype, device=self._layout.device)
-        step = Step(one, [0] * T, torch.zeros_like(one, dtype=torch.int64))
-        step.inv_scale = one
+        step = Step([0] * T, self._zeros(dtype=torch.int64), 1.0, 0.0, self._compute_dtype)
+        step.take_nothing()
         self.begin(step)
         for task in range(T):
             self.update(task, slots, [None] * len(slots), accumulate=False)

@@ -1,4 +1,4 @@
-"""``BetaSchedule``: the EMA coefficient of each step, and when the EMA has become too short to keep."""
+"""``BetaSchedule``: when the EMA has become too short to keep."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ class BetaSchedule:
     def __init__(self, beta: float, beta_sigma: float, drop_below: float | None) -> None:
         check_finite_float("beta", beta, low=0.0, below=1.0)
         check_finite_float("beta_sigma", beta_sigma, low=0.0)
-        self._beta, self._beta_sigma = beta, beta_sigma
         self._last_step = _NEVER  # of the EMA
         if drop_below is not None:
             check_finite_float("drop_ema_below", drop_below, above=0.0)
@@ -64,10 +63,6 @@ class BetaSchedule:
     def has_ended(self, step: int) -> bool:
         """Whether after ``step`` steps the EMA is over."""
         return step >= self._last_step
-
-    def beta_k(self, step: Tensor, dtype: torch.dtype) -> Tensor:
-        """The coefficient of the step about to be taken, 0-d, on the device of ``step``."""
-        return (self._beta / (step + 1).double().pow(self._beta_sigma)).to(dtype)
 
 
 def _last_step(beta: float, beta_sigma: float, drop_below: float) -> int:

@@ -19,13 +19,16 @@ from op_inputs import (
     CHUNK,
     EPS,
     Balanced,
+    Begun,
     Combined,
     Row,
     Segments,
     array,
     run_balance,
+    run_begin_step,
     run_combine,
     run_gram,
+    tensor,
 )
 from torch import Tensor
 
@@ -117,6 +120,32 @@ def _balance_as_stored(actual: Balanced, reference: Balanced, **options: Any) ->
     options["found_inf"] = float(actual.found_inf)
     out = torch.empty_like(reference.out)
     return run_balance("reference", unchanged, torch.zeros_like(unchanged), 1.0, out=out, **options)
+
+
+def check_begin_step(backend: str, losses: Tensor, step: int, **options: Any) -> Begun:
+    """Run ``begin_step`` and check all that it wrote; ``options`` as of ``run_begin_step``."""
+    before = array(losses)
+    actual, reference = (run_begin_step(name, losses, step, **options) for name in (backend, "reference"))
+    given = {name: value for name, value in options.items() if name not in ("dtype", "accumulate", "found_inf")}
+    given["scale"] = float(tensor(options.get("scale", 1.0), losses.dtype))
+    if (active := options.get("active")) is not None:
+        given["active"] = active.cpu().numpy()
+    flag = bool(options.get("accumulate") and options.get("found_inf"))
+    exact = oracle.begin_step(before, step + 1, found_inf=flag, **given)
+
+    unusable = np.isnan(exact.seeds)
+    np.testing.assert_array_equal(actual.seeds.isnan().cpu().numpy(), unusable)
+    seeds = [torch.where(begun.seeds.isnan(), 0, begun.seeds) for begun in (actual, reference)]
+    expected, eps = np.where(unusable, 0, exact.seeds), eps_of(losses.dtype)
+    assert_accurate("seeds", *seeds, expected, np.abs(expected), 2 * eps, 4 * eps)
+    eps = eps_of(actual.betas.dtype)
+    floor = eps + 1e-13 if actual.betas.dtype is torch.float64 else eps
+    assert_accurate("betas", actual.betas, reference.betas, exact.betas, exact.betas, floor, floor + eps)
+    inv_scale = np.asarray(exact.inv_scale)
+    assert_accurate("inv_scale", actual.inv_scale, reference.inv_scale, inv_scale, np.abs(inv_scale), eps, 2 * eps)
+    assert float(actual.found_inf) == float(exact.found_inf)
+    np.testing.assert_array_equal(array(losses), before, err_msg="losses were changed")
+    return actual
 
 
 def check_balance(

@@ -107,6 +107,15 @@ class Guarded:
 # --- Calls
 
 
+class Begun(NamedTuple):
+    """Everything ``begin_step`` writes."""
+
+    seeds: Tensor
+    betas: Tensor
+    inv_scale: Tensor
+    found_inf: Tensor
+
+
 class Balanced(NamedTuple):
     """Everything ``balance_`` writes."""
 
@@ -125,6 +134,38 @@ class Combined(NamedTuple):
     weights: Tensor
     alpha: Tensor
     out_sq_norm: Tensor
+
+
+def run_begin_step(
+    backend: str,
+    losses: Tensor,
+    step: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    active: Tensor | None = None,
+    scale: float = 1.0,
+    beta: float = 0.9,
+    beta_sigma: float = 0.5,
+    micro_batches: int = 1,
+    log_eps: float | None = 1e-8,
+    accumulate: bool = False,
+    found_inf: float = 0.0,
+) -> Begun:
+    """Call ``begin_step``; all outputs are fresh, poisoned and between sentinels.
+
+    :param dtype: Of ``betas``.
+    """
+    betas = losses.new_empty(len(losses), dtype=dtype)
+    fresh = losses.new_empty(len(losses)), betas, betas.new_empty(()), flags(found_inf)
+    guarded = [Guarded(values, offset=1) for values in fresh]
+    result = Begun(*(of.view for of in guarded))
+    factor, taken = tensor(scale, losses.dtype), torch.tensor(step, device=DEVICE)
+    op = backends.operators(backend).begin_step
+    given = losses, active, factor, taken, beta, beta_sigma, micro_batches, log_eps, accumulate
+    assert op(*given, *result) is None
+    for of in guarded:
+        of.assert_intact()
+    return result
 
 
 def run_balance(

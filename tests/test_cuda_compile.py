@@ -68,19 +68,18 @@ def compiled() -> dict[tuple[str, str], Compiled]:
     return {(arch, source.stem): result for (arch, source), result in zip(jobs, results, strict=True)}
 
 
-KERNELS = {"balance": 3 * 4, "combine": 9 + 2, "ema_update": 3 * 3, "gram": 5 + 4 + 4}
-"""How many each source has: states times sizes."""
+KERNELS = {"balance": 3 * 4, "begin_step": 2 * 2, "combine": 9 + 2, "ema_update": 3 * 3, "gram": 5 + 4 + 4}
+"""How many each source has: states times sizes; begin_step's losses times betas."""
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", KERNELS)
 def test_no_spills(compiled: dict[tuple[str, str], Compiled], architecture: str, source: str) -> None:
-    """Nor any other use of local memory: no dynamically indexed registers."""
-    frames = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-        compiled[architecture, source].report,
-    )
-    assert len(frames) == KERNELS[source]
+    """Nor any other use of local memory: no dynamically indexed registers. Functions that are called count as well."""
+    report = compiled[architecture, source].report
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert report.count("Compiling entry function") == KERNELS[source]
+    assert len(frames) >= KERNELS[source]
     assert set(frames) == {("0", "0", "0")}
 
 
@@ -136,7 +135,8 @@ def test_gram_loads_before_it_multiplies(compiled: dict[tuple[str, str], Compile
 
 
 def test_setup_compiles_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flags above that matter are those of the build."""
+    """The flags above that matter are those of the build; none gives up rounding, or numbers below the normal ones."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     flags = runpy.run_path(str(ROOT / "setup.py"))["cuda_module"]().extra_compile_args["nvcc"]
     assert {"-std=c++17", "-O3", "-fmad=false"} <= set(flags)
+    assert not [flag for flag in flags if re.search("fast|ftz|prec-", flag)]

@@ -118,6 +118,52 @@ def test_replays_read_beta_anew(rng: np.random.Generator) -> None:
         torch.testing.assert_close(problem.out, eager.out, rtol=1e-5, atol=1e-5)
 
 
+class Beginning:
+    """Inputs and outputs of ``begin_step``; a block has fewer threads than there are losses."""
+
+    def __init__(self, rng: np.random.Generator, T: int = 300) -> None:
+        self.losses = torch.from_numpy(rng.uniform(0.1, 2, T)).to(DEVICE, torch.float32)
+        self.scale, self.step = torch.ones((), device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
+        self.seeds, self.betas = torch.empty(T, device=DEVICE), torch.empty(T, device=DEVICE)
+        self.inv_scale, self.found_inf = torch.empty((), device=DEVICE), torch.empty((), device=DEVICE)
+
+    def run(self, backend: str = "cuda") -> None:
+        written = self.seeds, self.betas, self.inv_scale, self.found_inf
+        given = self.losses, None, self.scale, self.step, 0.9, 0.5, 1, 1e-8, False
+        backends.operators(backend).begin_step(*given, *written)
+
+
+def test_replays_begin_anew(rng: np.random.Generator) -> None:
+    """What losses, scale and step are by then."""
+    beginning, eager = (Beginning(np.random.default_rng(1)) for _ in range(2))
+    graph = captured(beginning.run)
+    for k in range(20):
+        for each in (beginning, eager):
+            each.losses.mul_(1.1)
+            each.losses[k] = -1 if k % 2 else 1
+            each.scale.fill_(2.0**k)
+            each.step.fill_(k)
+        graph.replay()
+        eager.run("reference")
+        torch.testing.assert_close(beginning.seeds, eager.seeds, rtol=1e-6, atol=0, equal_nan=True)
+        torch.testing.assert_close(beginning.betas, eager.betas, rtol=1e-6, atol=0)
+        torch.testing.assert_close(beginning.inv_scale, eager.inv_scale, rtol=1e-6, atol=0)
+        assert bool(beginning.found_inf) == bool(eager.found_inf)
+
+
+def test_flag_is_raised_after_it_is_lowered(rng: np.random.Generator) -> None:
+    """By another warp than the one that lowers it."""
+    beginning, bad = Beginning(rng), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for index in rng.integers(0, 300, 10_000):
+        kept = beginning.losses[index].clone()
+        beginning.losses[index] = torch.nan
+        beginning.run()
+        bad += beginning.found_inf != 1
+        beginning.losses[index] = kept
+    beginning.run()
+    assert int(bad) == int(beginning.found_inf) == 0
+
+
 def test_runs_on_the_current_stream(rng: np.random.Generator) -> None:
     """What the stream has not done yet is waited for, and nothing else."""
     problem = Problem(rng, 3, 10_001)

@@ -75,6 +75,13 @@ PLANTS = {
         "thread",
         "data race",
     ),
+    "coefficient_read_too_early": Plant(
+        "begin_step.cu",
+        "  __syncthreads();\n",
+        "",
+        "thread",
+        "data race",
+    ),
     "grid_barrier_missing": Plant(
         "balance.cu",
         "cooperative_groups::this_grid().sync();",

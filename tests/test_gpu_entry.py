@@ -63,7 +63,7 @@ def test_a_dry_run_goes_through_all_stages_and_reports(tmp_path: Path, capfd: py
     operators = found["operators"]["data"]
     assert operators["settings"]["failures"] == []
     titles = [section["title"].split(" ")[0] for section in operators["sections"]]
-    assert {"balance_", "combine", "ema_update_", "gram", "the"} == set(titles)
+    assert {"balance_", "begin_step", "combine", "ema_update_", "gram", "the"} == set(titles)
     balance = operators["sections"][0]
     assert {bench_gpu_ops.MEMCPY, "LibMTL's expression", "tight eager", "dbmtl_fused reference"} <= set(
         balance["candidates"]
@@ -380,7 +380,7 @@ def test_the_sanitizers_driver_runs_every_case(capsys: pytest.CaptureFixture[str
     assert names == [case.name for case in sanitize_driver.cases()]
     assert len(names) == len(set(names)) > 50
     for *_, every in sanitize.CHECKS:
-        for prefix in ("balance_ 17 ", "combine 17 ", "ema_update_ 70 "):
+        for prefix in ("balance_ 17 ", "combine 17 ", "ema_update_ 70 ", "begin_step "):
             assert any(name.startswith(prefix) for name in names[::every])
 
 

@@ -26,6 +26,14 @@ Call = tuple[Callable, tuple[Any, ...]]
 quiet_inductor = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
+def begin_step_call(backend: str, rng: np.random.Generator) -> Call:
+    losses, active = tensor(rng.uniform(1, 2, 3)), tensor([1, 0, 1], torch.bool)
+    outputs = losses.new_zeros(3), losses.new_zeros(3), losses.new_zeros(()), flags()
+    step = tensor(4, torch.int64)
+    given = losses, active, tensor(2.0), step, 0.9, 0.5, 2, 1e-8, True
+    return backends.operators(backend).begin_step, (*given, *outputs)
+
+
 def balance_call(backend: str, rng: np.random.Generator) -> Call:
     ema, grads = tensor(random_rows(rng, 3, 130)), tensor(random_rows(rng, 3, 130), torch.bfloat16)
     outputs = ema.new_zeros(130), ema.new_zeros(3), ema.new_zeros(3), flags()
@@ -64,7 +72,7 @@ def ema_update_call(backend: str, rng: np.random.Generator) -> Call:
 
 calls = pytest.mark.parametrize(
     "make",
-    [balance_call, combine_call, ema_update_call, gram_call],
+    [begin_step_call, balance_call, combine_call, ema_update_call, gram_call],
     ids=lambda make: make.__name__.removesuffix("_call"),
 )
 
@@ -103,6 +111,10 @@ def test_meta_tensors(backend: str, rng: np.random.Generator, make: Callable[...
 @pytest.mark.parametrize(
     ("make", "position", "wrong", "message"),
     [
+        (begin_step_call, 0, (3, 1), "losses must be 1-D, got 2-D"),
+        (begin_step_call, 1, (2,), "active must have shape (3,), got (2,)"),
+        (begin_step_call, 9, (4,), "seeds must have shape (3,), got (4,)"),
+        (begin_step_call, 10, (1, 3), "betas must have shape (3,), got (1, 3)"),
         (balance_call, 1, (3, 129), "ema (3, 130) and grads (3, 129) must have the same shape"),
         (balance_call, 7, (129,), "out must have shape (130,), got (129,)"),
         (balance_call, 8, (4,), "norms must have shape (3,), got (4,)"),

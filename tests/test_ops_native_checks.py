@@ -27,6 +27,11 @@ def arguments(op: str) -> dict[str, Any]:
     """Good arguments of ``op``, by name and in order."""
     outputs = {"out": zeros(P), "norms": zeros(T), "weights": zeros(T)}
     alpha = {"alpha": "max", "alpha_constant": 1.0, "eps": 1e-8}
+    if op == "begin_step":
+        inputs = {"losses": zeros(T), "active": zeros(T, dtype=torch.bool), "scale": zeros()}
+        numbers = {"step": zeros(dtype=torch.int64), "beta": 0.9, "beta_sigma": 0.5, "micro_batches": 1}
+        written = {"seeds": zeros(T), "betas": zeros(T), "inv_scale": zeros(), "found_inf": flags()}
+        return {**inputs, **numbers, "log_eps": 1e-8, "accumulate": False, **written}
     if op == "balance_":
         matrices = {"ema": zeros(T, P), "grads": zeros(T, P), "beta": zeros(), "seed": None}
         return {**matrices, **alpha, **outputs, "found_inf": flags()}
@@ -55,6 +60,22 @@ ROUNDED_ROW: dict[str, Any] = {"row": zeros(5376, dtype=torch.bfloat16), "seed":
 
 
 CASES = [
+    ("begin_step", {"losses": zeros(T, 1)}, "losses must have shape (T,) with T >= 1, got (3, 1)"),
+    ("begin_step", {"losses": zeros(0)}, "losses must have shape (T,) with T >= 1, got (0,)"),
+    ("begin_step", {"losses": zeros(T, dtype=torch.float16)}, "losses must be float32 or float64, got float16"),
+    ("begin_step", {"losses": zeros(T, 2)[:, 0]}, "losses must have adjacent columns, got stride 2"),
+    ("begin_step", {"active": zeros(T)}, "active must be bool, got float32"),
+    ("begin_step", {"active": zeros(T - 1, dtype=torch.bool)}, "active must have shape (3,), got (2,)"),
+    ("begin_step", {"scale": zeros(dtype=torch.float64)}, "scale must be float32, got float64"),
+    ("begin_step", {"scale": zeros(2)}, "scale must have one element, got shape (2,)"),
+    ("begin_step", {"step": zeros()}, "step must be int64, got float32"),
+    ("begin_step", {"micro_batches": 0}, "micro_batches must be >= 1, got 0"),
+    ("begin_step", {"seeds": zeros(T, dtype=torch.float64)}, "seeds must be float32, got float64"),
+    ("begin_step", {"seeds": zeros(T + 1)}, "seeds must have shape (3,), got (4,)"),
+    ("begin_step", {"betas": zeros(T, dtype=torch.bfloat16)}, "betas must be float32 or float64, got bfloat16"),
+    ("begin_step", {"betas": zeros(1)}, "betas must have shape (3,), got (1,)"),
+    ("begin_step", {"inv_scale": zeros(dtype=torch.float64)}, "inv_scale must be float32, got float64"),
+    ("begin_step", {"found_inf": zeros(0)}, "found_inf must have one element, got shape (0,)"),
     ("balance_", {"ema": zeros(P)}, "ema must have shape (T, P) with T >= 1, got (130,)"),
     ("balance_", {"ema": zeros(0, P), "grads": zeros(0, P)}, "ema must have shape (T, P) with T >= 1, got (0, 130)"),
     ("balance_", {"ema": zeros(T, P, dtype=torch.float16)}, "ema must be float32, float64 or bfloat16, got float16"),

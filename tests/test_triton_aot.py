@@ -22,7 +22,14 @@ from dbmtl_fused import backends
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton_launches import Launch, balance_launch, combine_launch, ema_update_launch, gram_launch  # noqa: E402
+from triton_launches import (  # noqa: E402
+    Launch,
+    balance_launch,
+    begin_step_launch,
+    combine_launch,
+    ema_update_launch,
+    gram_launch,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -31,6 +38,7 @@ NAMES = {
     torch.float64: "fp64",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.bool: "u1",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -85,6 +93,7 @@ class Machine(NamedTuple):
 
 WIDE_LOAD, WIDE_STORE = r"LDG\.E\S*\.128", r"STG\.E\S*\.128"
 PRODUCT = r"\b[FD]MUL"
+BARRIER = r"\bBAR\."
 SPILL = r"\b(?:LDL|STL)\b"
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -128,6 +137,15 @@ GRAM_LAUNCHES: dict[str, tuple[Callable[[Any], Launch], int]] = {
     "T=11 fp64": (lambda r: gram_launch(r, 11, F64), 8),
 }
 
+BEGIN_LAUNCHES: dict[str, Callable[[Any], Launch]] = {
+    "fp32": lambda r: begin_step_launch(r, 3, F32, F32),
+    "fp32 no log": lambda r: begin_step_launch(r, 3, F32, F32, log_eps=None),
+    "fp32 active": lambda r: begin_step_launch(r, 300, F32, F32, active=True, micro_batches=4, accumulate=True),
+    "fp32 losses": lambda r: begin_step_launch(r, 3, F32, F64),
+    "fp64 losses": lambda r: begin_step_launch(r, 3, F64, F32, active=True),
+    "fp64": lambda r: begin_step_launch(r, 3, F64, F64),
+}
+
 needs_cuobjdump = pytest.mark.skipif(not os.access(CUOBJDUMP, os.X_OK), reason="this Triton brings no cuobjdump")
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
@@ -155,6 +173,39 @@ def test_machine_code_of_gram(
     assert machine.count(WIDE_LOAD, before=PRODUCT) >= loads
 
 
+@needs_cuobjdump
+@architectures
+@pytest.mark.parametrize("launch", BEGIN_LAUNCHES.values(), ids=BEGIN_LAUNCHES)
+def test_machine_code_of_begin_step(
+    record: Any, tmp_path: Path, launch: Callable[[Any], Launch], architecture: int
+) -> None:
+    """One warp, which waits for nobody."""
+    machine = Machine.of(launch(record), architecture, tmp_path)
+    assert machine.stack == machine.local == machine.count(SPILL) == 0, "spills"
+    assert machine.count(BARRIER) == 0
+
+
+@pytest.mark.parametrize("launch", BEGIN_LAUNCHES.values(), ids=BEGIN_LAUNCHES)
+def test_arithmetic_of_begin_step(record: Any, launch: Callable[[Any], Launch]) -> None:
+    """Numbers of the host arrive in float64, divisions are rounded correctly, float32 subnormals count."""
+    made = launch(record)
+    code = triton.compile(source_of(made), target=GPUTarget("cuda", 90, 32), options=made[2]).asm["ptx"]
+    assert code.count(".param .f64") == 3
+    divisions = re.findall(r"\bdiv\.\S+", code)
+    assert divisions
+    assert set(divisions) <= {"div.rn.f32", "div.rn.f64"}
+    assert not re.search(r"\b(?:add|mul|div|fma)\S*\.ftz|\b(?:rcp|lg2|ex2)\S*\.f32", code)
+
+
+def test_begin_step_is_compiled_once_for_all_trainings(record: Any) -> None:
+    launches = (
+        begin_step_launch(record, 1, F32, F32, beta=0.0, beta_sigma=0.0, log_eps=1.0),
+        begin_step_launch(record, 3, F32, F32),
+        begin_step_launch(record, 64, F32, F32, beta=1.0, beta_sigma=1.0, micro_batches=16),
+    )
+    assert len({(source_of(made).hash(), *made[2].items()) for made in launches}) == 1
+
+
 def test_compiles_for_rocm(record: Any) -> None:
     """Wavefronts of 64, no limit on registers; 16-byte accesses and no scratch memory there either."""
     if "amd" not in triton.backends.backends:
@@ -172,6 +223,16 @@ def test_compiles_for_rocm(record: Any) -> None:
         assert re.search(r"(global|buffer|flat)_load_dwordx4", code)
         if "gram" not in launch[0].__name__:  # which stores next to nothing
             assert re.search(r"(global|buffer|flat)_store_dwordx4", code)
+
+
+def test_begin_step_compiles_for_rocm(record: Any) -> None:
+    if "amd" not in triton.backends.backends:
+        pytest.skip("this Triton has no AMD backend")
+    for made in (begin_step_launch(record, 3, F32, F32), begin_step_launch(record, 3, F64, F64, active=True)):
+        compiled = triton.compile(source_of(made), target=GPUTarget("hip", "gfx942", 64), options=made[2])
+        code = compiled.asm["amdgcn"]
+        assert re.findall(r"\.private_segment_fixed_size:\s*(\d+)", code) == ["0"], "scratch memory"
+        assert re.findall(r"FloatMode:\s*(\d+)", code) == ["240"], "subnormals of all dtypes count"
 
 
 def test_cooperative_launch_is_asked_for(record: Any) -> None:

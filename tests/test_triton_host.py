@@ -16,6 +16,7 @@ from triton_launches import (
     MULTIPROCESSORS,
     Recorder,
     balance_launch,
+    begin_step_launch,
     combine_launch,
     ema_update_launch,
     gram_launch,
@@ -130,7 +131,12 @@ def test_two_launches_where_grids_cannot_wait(record: Any, monkeypatch: pytest.M
 
 
 def test_options_of_streaming_kernels_are_known_to_every_compiler(record: Any) -> None:
-    for made in (combine_launch(record, 3, F32, F32), ema_update_launch(record, F32, F32), gram_launch(record, 3, F32)):
+    for made in (
+        begin_step_launch(record, 3, F32, F32),
+        combine_launch(record, 3, F32, F32),
+        ema_update_launch(record, F32, F32),
+        gram_launch(record, 3, F32),
+    ):
         assert set(made[2]) == {"num_warps", "enable_fp_fusion"}
 
 

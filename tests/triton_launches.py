@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dbmtl_fused._ops import compute_dtype
 from dbmtl_fused.layout import FlatLayout
-from dbmtl_fused.triton_kernels import balance, combine, ema_update, gram
+from dbmtl_fused.triton_kernels import balance, begin_step, combine, ema_update, gram
 
 P = 10_000_384  # long enough for the launch parameters of large matrices; rows are aligned
 MULTIPROCESSORS = 132
@@ -38,7 +38,7 @@ class Recorder:
 
 def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
     """``record(module, function, *args)``: the last launch of a kernel of ``module`` by ``function``."""
-    for module in (balance, combine, ema_update, gram):
+    for module in (balance, begin_step, combine, ema_update, gram):
         monkeypatch.setattr(module, "on_device", lambda tensor: nullcontext())
     for module in (balance, gram):
         monkeypatch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
@@ -62,6 +62,25 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def seed_for(state_dtype: torch.dtype) -> Tensor | None:
     return meta(dtype=torch.int64) if state_dtype is torch.bfloat16 else None
+
+
+def begin_step_launch(
+    record: Any,
+    T: int,
+    losses: torch.dtype,
+    betas: torch.dtype,
+    *,
+    active: bool = False,
+    beta: float = 0.9,
+    beta_sigma: float = 0.5,
+    micro_batches: int = 1,
+    log_eps: float | None = 1e-8,
+    accumulate: bool = False,
+) -> Launch:
+    inputs = meta(T, dtype=losses), meta(T, dtype=torch.bool) if active else None
+    scalars = meta(dtype=losses), meta(dtype=torch.int64), beta, beta_sigma, micro_batches, log_eps, accumulate
+    written = meta(T, dtype=losses), meta(T, dtype=betas), meta(dtype=betas), meta()
+    return record(begin_step, begin_step.begin_step, *inputs, *scalars, *written)
 
 
 def balance_launch(record: Any, T: int, state: torch.dtype, grads: torch.dtype, columns: int = P) -> Launch:

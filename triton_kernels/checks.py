@@ -37,6 +37,13 @@ def state(name: str, tensor: Tensor) -> torch.dtype:
     return compute_dtype(tensor.dtype)
 
 
+def real(name: str, tensor: Tensor) -> torch.dtype:
+    """Check the dtype of what is never rounded stochastically, and return it."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"{name} must be float32 or float64, got {_name(tensor.dtype)}")
+    return tensor.dtype
+
+
 def seed(name: str, tensor: Tensor, seed: Tensor | None) -> None:
     """Check that there is a seed if and only if the state in ``tensor`` is rounded stochastically."""
     if (seed is not None) != (tensor.dtype is torch.bfloat16):
@@ -54,6 +61,14 @@ def matrix(name: str, tensor: Tensor) -> tuple[int, int]:
         raise RuntimeError(f"{name} must have shape (T, P) with T >= 1, got {tuple(tensor.shape)}")
     _columns_adjacent(name, tensor)
     return tensor.shape[0], tensor.shape[1]
+
+
+def tasks(name: str, tensor: Tensor) -> int:
+    """Check a vector with an element for each task and return how many there are."""
+    if tensor.dim() != 1 or tensor.shape[0] < 1:
+        raise RuntimeError(f"{name} must have shape (T,) with T >= 1, got {tuple(tensor.shape)}")
+    _columns_adjacent(name, tensor)
+    return tensor.shape[0]
 
 
 def shape(name: str, tensor: Tensor, size: int) -> None:
@@ -125,6 +140,11 @@ def gradient_matrix(grads: Tensor, ema: Tensor) -> None:
 def out(tensor: Tensor, P: int, device: torch.device) -> None:
     shape("out", tensor, P)
     gradient("out", tensor, device)
+
+
+def at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise RuntimeError(f"{name} must be >= 1, got {value}")
 
 
 def alpha_mode(mode: str) -> None:

@@ -156,13 +156,19 @@ def weights_of(norms, preference, alpha, eps, found_inf, MODE: tl.constexpr):
     """Weights of ``norms``, given ``alpha``; ``preference`` may be None."""
     if MODE == "none":
         weights = tl.full(norms.shape, 1, norms.dtype)
-    elif norms.dtype == tl.float32:
-        weights = tl.div_rn(tl.zeros_like(norms) + alpha, norms + tl.cast(eps, norms.dtype))
     else:
-        weights = alpha / (norms + tl.cast(eps, norms.dtype))
+        weights = divide(alpha, norms + tl.cast(eps, norms.dtype))
     if preference is not None:
         weights = preference * weights
     return tl.where(found_inf != 0, float("nan"), weights)
+
+
+@triton.jit
+def divide(numerator, denominator):
+    """Correctly rounded, in the dtype of the denominator."""
+    if denominator.dtype == tl.float32:
+        return tl.div_rn(numerator, denominator)
+    return numerator / denominator
 
 
 @triton.jit

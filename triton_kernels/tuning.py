@@ -21,6 +21,11 @@ SMALL_T = 16
 """Up to here the number of tasks is a constant of the kernel and all rows of a tile are loaded at once."""
 
 
+class BeginStep(NamedTuple):
+    block: int  # tasks at a time
+    num_warps: int
+
+
 class Combine(NamedTuple):
     block: int  # columns of a program
     rows: int  # loaded at once
@@ -54,6 +59,10 @@ class Gram(NamedTuple):
         span = max(1, -(tiles // -programs) if self.rows >= T else GRAM_SPAN // (T * self.block))
         return span, max(1, -(tiles // -span))
 
+
+# begin_step, which costs little but its launch and is not swept: a block has all tasks of most users; one warp, because
+# every thread computes the schedule, in float64, of which small GPUs do two operations a cycle.
+BEGIN_STEP = BeginStep(block=128, num_warps=1)
 
 # ema_update_: a program has CHUNK = 4096 columns, so 16 of each operand a thread: 4 + 4 loads of 16 bytes.
 EMA_UPDATE = EmaUpdate(num_warps=8)

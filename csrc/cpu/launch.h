@@ -13,6 +13,9 @@ namespace dbmtl_fused::cpu {
 // cache reuse, not for their results.
 using ParallelFor = void (*)(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body);
 
+template <class Loss, class Real>
+void launch_begin_step(const BeginStep<Loss, Real>& args);
+
 template <class State>
 void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for);
 

@@ -107,6 +107,7 @@ PYBIND11_MODULE(_C_cuda, module) {
 }
 
 DBMTL_LIBRARY_IMPL(DBMTL_DISPATCH_KEY, library) {
+  library.impl("begin_step.cuda", TORCH_BOX(&dbmtl_fused::cuda::begin_step));
   library.impl("ema_update_.cuda", TORCH_BOX(&dbmtl_fused::cuda::ema_update_));
   library.impl("combine.cuda", TORCH_BOX(&dbmtl_fused::cuda::combine));
   library.impl("gram.cuda", TORCH_BOX(&dbmtl_fused::cuda::gram));

@@ -42,6 +42,19 @@ class Workspace {
 
 }  // namespace
 
+void begin_step(const Tensor& losses, const std::optional<Tensor>& active, const Tensor& scale, const Tensor& step,
+                double beta, double beta_sigma, int64_t micro_batches, std::optional<double> log_eps, bool accumulate,
+                const Tensor& seeds, const Tensor& betas, const Tensor& inv_scale, const Tensor& found_inf) {
+  const Checks checks(losses.device());
+  with_begin_types(losses, betas, [&](auto loss, auto real) {
+    const auto args = checks.begin_step_of<decltype(loss), decltype(real)>(
+        losses, active, scale, step, beta, beta_sigma, micro_batches, log_eps, accumulate, seeds, betas, inv_scale,
+        found_inf);
+    const DeviceOf device(losses);
+    check(launch_begin_step(args, device.stream()), "begin_step");
+  });
+}
+
 void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& grads, const std::vector<int64_t>& slots,
                  const Tensor& segments, const Tensor& chunks, const Tensor& beta, const Tensor& inv_scale,
                  const std::optional<Tensor>& seed, const Tensor& partials, const Tensor& sq_norm,

@@ -13,6 +13,10 @@ namespace dbmtl_fused::cuda {
 
 using torch::stable::Tensor;
 
+void begin_step(const Tensor& losses, const std::optional<Tensor>& active, const Tensor& scale, const Tensor& step,
+                double beta, double beta_sigma, int64_t micro_batches, std::optional<double> log_eps, bool accumulate,
+                const Tensor& seeds, const Tensor& betas, const Tensor& inv_scale, const Tensor& found_inf);
+
 // `chunks` and the slots they name are taken on trust: they are on the device.
 void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& grads, const std::vector<int64_t>& slots,
                  const Tensor& segments, const Tensor& chunks, const Tensor& beta, const Tensor& inv_scale,

@@ -17,6 +17,9 @@ struct Chunks {
   int32_t* arrivals;     // on the device, 0
 };
 
+template <class Loss, class Real>
+cudaError_t launch_begin_step(const BeginStep<Loss, Real>& args, cudaStream_t stream);
+
 template <class State>
 cudaError_t launch_ema_update(const EmaUpdate<State>& args, const Chunks& chunks, cudaStream_t stream);
 

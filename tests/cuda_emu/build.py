@@ -26,7 +26,10 @@ CUDA = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cuda_emu"
 MODULE = "dbmtl_fused._C_cuda"
 
-KERNELS = [*(CUDA / f"{name}.cu" for name in ("balance", "combine", "ema_update", "gram")), CUDA / "plan.cpp"]
+KERNELS = [
+    *(CUDA / f"{name}.cu" for name in ("balance", "begin_step", "combine", "ema_update", "gram")),
+    CUDA / "plan.cpp",
+]
 HOST = [CUDA / "host.cpp", CUDA / "bindings.cpp", ROOT / "csrc" / "checks.cpp", EMULATION / "stream.cpp"]
 
 # -ffp-contract=off is nvcc's -fmad=false; words of memory are read as other types than they were written.

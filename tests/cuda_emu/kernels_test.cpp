@@ -34,6 +34,7 @@ double widen(BFloat16 value) {
 
 void set(float& to, double value) { to = static_cast<float>(value); }
 void set(double& to, double value) { to = value; }
+void set(bool& to, double value) { to = value > 0; }
 void set(BFloat16& to, double value) {
   const auto narrow = static_cast<float>(value);
   uint32_t bits;
@@ -77,6 +78,41 @@ class Array {
   int64_t size_;
   Element* memory_;
 };
+
+template <class Loss, class Real>
+void test_begin_step(int64_t T, int64_t offset, bool log, bool accumulate) {
+  const std::string name = "begin_step T=" + std::to_string(T) + " offset " + std::to_string(offset);
+  Array<Loss> losses(T, offset), seeds(T, offset);
+  Array<bool> active(T, offset);
+  Array<Real> betas(T, offset);
+  const Loss scale = 4;
+  const int64_t step = 3;
+  Real inv_scale;
+  float found_inf = accumulate ? 1 : NAN;
+  const BeginStep<Loss, Real> args{losses.data, accumulate ? active.data : nullptr,
+                                   T,           &scale,
+                                   &step,       0.5,
+                                   1,           2,
+                                   log,         0.25,
+                                   accumulate,  seeds.data,
+                                   betas.data,  &inv_scale,
+                                   &found_inf};
+  expect(launch_begin_step(args, nullptr) == cudaSuccess, name + ": launch");
+
+  bool found = accumulate;
+  for (int64_t t = 0; t < T; ++t) {
+    const bool takes_part = !args.active || active.data[t], usable = !log || losses.data[t] >= 0;
+    const double exact = !takes_part ? 0 : log ? 2 / (widen(losses.data[t]) + 0.25) : 2;
+    if (takes_part && !usable)
+      expect(std::isnan(seeds.data[t]), name + ": seed of an unusable loss");
+    else
+      expect(std::abs(seeds.data[t] - exact) <= kTolerance<Loss> * exact, name + ": seeds");
+    expect(betas.data[t] == (takes_part && usable ? 0.125 : 1), name + ": betas");
+    found |= takes_part && !usable;
+  }
+  expect(inv_scale == 0.25, name + ": inv_scale");
+  expect(found_inf == (found ? 1 : 0), name + ": found_inf");
+}
 
 template <class State, class Grad>
 void test_balance(int64_t T, int64_t P, int64_t padding, int64_t offset, bool cooperative) {
@@ -288,6 +324,15 @@ void test_ema_update(const std::vector<int64_t>& numels, int64_t offset, int64_t
   expect(arrivals == 0, name + ": arrivals");
 }
 
+template <class Loss, class Real>
+void test_losses() {
+  for (int64_t T : {1, 33, 128, 300}) {
+    test_begin_step<Loss, Real>(T, T % 2, true, false);
+    test_begin_step<Loss, Real>(T, 1 - T % 2, true, true);
+    test_begin_step<Loss, Real>(T, 0, false, T > 100);
+  }
+}
+
 template <class State>
 void test_state() {
   for (int64_t T : {1, 2, 3, 4, 5, 9})
@@ -312,6 +357,10 @@ void test_state() {
 
 int main() {
   using namespace dbmtl_fused;
+  cuda::test_losses<float, float>();
+  cuda::test_losses<float, double>();
+  cuda::test_losses<double, float>();
+  cuda::test_losses<double, double>();
   cuda::test_state<float>();
   cuda::test_state<double>();
   cuda::test_state<BFloat16>();
