@@ -36,6 +36,9 @@ def digest() -> str:
                 result.update(
                     values.contiguous().view(torch.uint8).numpy().tobytes() if values.dim() else str(values).encode()
                 )
+    # A sum that is larger than caches are.
+    ema = tensor(random_rows(rng, 1, 2**22 + 5))
+    result.update(run_balance("cpu", ema, torch.zeros_like(ema), 1.0).out.numpy().tobytes())
     return result.hexdigest()
 
 

@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 import torch
 from op_checks import check_balance, check_combine, check_ema_update
-from op_inputs import DEVICE, Row, Segments, array, random_rows, run_balance, run_combine, tensor
+from op_inputs import (
+    BACKENDS,
+    DEVICE,
+    GRAD_DTYPES,
+    Guarded,
+    Row,
+    Segments,
+    array,
+    assert_same_bits,
+    random_rows,
+    run_balance,
+    run_combine,
+    tensor,
+)
 from torch import Tensor
 
 BEYOND = 2**31 + 4099
@@ -38,6 +51,25 @@ def available_bytes() -> int:
 
 def parts() -> Iterator[slice]:
     return (slice(start, min(start + PART, BEYOND)) for start in range(0, BEYOND, PART))
+
+
+# --- Beyond caches
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="only the C++ backend writes past caches")
+@pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("accumulate", [False, True], ids=["write", "add"])
+def test_sums_larger_than_caches(rng: np.random.Generator, dtype: torch.dtype, offset: int, accumulate: bool) -> None:
+    """The same bits as the reference's; nothing around them is touched, and every thread sees them."""
+    P = 2**24 // dtype.itemsize + 4099
+    ema, base = tensor(random_rows(rng, 2, P)), tensor(rng.standard_normal(P), dtype)
+    out = Guarded(base, offset=offset)
+    options = {"scale": 0.3, "accumulate": accumulate}
+    actual = run_combine("cpu", ema, tensor([4.0, 9.0]), out=out.view, **options)
+    out.assert_intact()
+    reference = run_combine("reference", ema, tensor([4.0, 9.0]), out=base.clone(), **options)
+    assert_same_bits("out", actual.out, reference.out)
 
 
 # --- Far apart

@@ -47,7 +47,7 @@ void launch_balance(const Balance<State>& args, ParallelFor parallel_for) {
   for (int64_t t = 0; t < args.T; ++t) sq_norms[t] = sum_in_order(partials.data() + t * C, C);
   compute_weights(sq_norms.data(), args.T, *args.found_inf != 0, args.weighting);
   weighted_sum(args.ema, args.ema_stride, args.T, args.P, args.weighting.weights, false, args.out, args.out_dtype,
-               nullptr, parallel_for);
+               nullptr, Order::kBackwards, parallel_for);  // phase 1 went forwards
 }
 
 template void launch_balance(const Balance<float>&, ParallelFor);

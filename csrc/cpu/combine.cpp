@@ -25,8 +25,9 @@ void launch_combine(const Combine<State>& args, ParallelFor parallel_for) {
   std::vector<Real> scaled(args.T);
   std::transform(weights, weights + args.T, scaled.begin(), [&](Real weight) { return *args.scale * weight; });
   std::vector<Real> partials(ceil_div(args.P, kChunk));
+  // Autograd reaches the first parameters last.
   weighted_sum(args.ema, args.ema_stride, args.T, args.P, scaled.data(), args.accumulate, args.out, args.out_dtype,
-               partials.data(), parallel_for);
+               partials.data(), Order::kForwards, parallel_for);
   *args.out_sq_norm = sum_in_order(partials.data(), static_cast<int64_t>(partials.size()));
 }
 

@@ -9,6 +9,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../launch.h"
 #include "../rounding.h"
 #include "isa.h"
@@ -97,6 +101,32 @@ DBMTL_INLINE void store_bits(void* to, const VectorType& bits) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
+// The same past the caches, where the target is aligned to kStreamed bytes; without reading first what it overwrites.
+// Other threads see it after finish_streams().
+constexpr int kStreamed = 16;
+
+template <class VectorType>
+DBMTL_INLINE void stream_bits(void* to, const VectorType& bits) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(bits) % kStreamed == 0) {
+    __m128i parts[sizeof(bits) / kStreamed];
+    std::memcpy(parts, &bits, sizeof(bits));
+    for (const __m128i& part : parts) {
+      _mm_stream_si128(static_cast<__m128i*>(to), part);
+      to = static_cast<char*>(to) + kStreamed;
+    }
+    return;
+  }
+#endif
+  store_bits(to, bits);
+}
+
+DBMTL_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Fetches kBytes into the first-level cache, from kAhead bytes after `from`. May point anywhere.
 template <int kAhead, int kBytes>
 DBMTL_INLINE void prefetch(const void* from) {
@@ -170,12 +200,22 @@ DBMTL_INLINE Vector<Real, N> load(const Element* from) {
 }
 
 // The reverse, rounded to nearest even; like torch, from double to 16 bits by way of float.
+template <class Element, class Real, int N>
+DBMTL_INLINE auto rounded_to(const Vector<Real, N>& values) {
+  if constexpr (kIsHalfWide<Element>)
+    return bits_of<N>(Element{}, __builtin_convertvector(values, Vector<float, N>));
+  else
+    return __builtin_convertvector(values, Vector<Element, N>);
+}
+
 template <class Real, int N, class Element>
 DBMTL_INLINE void store(Element* to, const Vector<Real, N>& values) {
-  if constexpr (kIsHalfWide<Element>)
-    store_bits(to, bits_of<N>(Element{}, __builtin_convertvector(values, Vector<float, N>)));
-  else
-    store_bits(to, __builtin_convertvector(values, Vector<Element, N>));
+  store_bits(to, rounded_to<Element, Real, N>(values));
+}
+
+template <class Real, int N, class Element>
+DBMTL_INLINE void stream(Element* to, const Vector<Real, N>& values) {
+  stream_bits(to, rounded_to<Element, Real, N>(values));
 }
 
 // Finite floats rounded to what BFloat16 holds, down or up in magnitude as `random`, below 2^16, decides.
