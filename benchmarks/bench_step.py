@@ -1,12 +1,14 @@
 """Whole training steps: what DB-MTL adds to the backward passes it needs anyway.
 
-Every way to do the step, and the copy beside it, has a process of its own; they take turns. Two floors: gradients
-dropped on arrival (what the balancer adds to the mere backward passes), and gradients dropped after each backward (the
-loop anyone would write, which pays malloc for whole gradients that the balancer never holds).
+The ways to do the step, and the copy beside them, take turns. Two floors: gradients dropped on arrival (what the
+balancer adds to the mere backward passes), and gradients dropped after each backward (the loop anyone would write,
+which pays malloc for whole gradients that the balancer never holds).
 
 How much a loop pays malloc depends on the layout of its heap, which differs from process to process and wanders over
 the steps: page faults of one and the same loop range from none to 26,000 a step. So a sample is the mean of several
-steps in a row, and every few rounds all processes are replaced by new ones.
+steps in a row, short steps have each a process of its own, and every few rounds all processes are replaced by new ones.
+In long steps page faults are little, but one and the same loop differs by 10 % from process to process, which is more
+than balancing adds: they share one, which is replaced likewise.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ LAUNCHES = {"cpu": 0.0, "cuda": 10e-6}
 """and these seconds for each task."""
 
 ROUNDS_PER_PROCESS = 5
+GPU_ROUNDS = 6
+"""Of the models; there time is short and samples differ less."""
 SAMPLE_SECONDS = 0.2
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "qm9"
 """Where QM9 is looked for unless ``--data`` says."""
@@ -50,12 +54,14 @@ class Case(NamedTuple):
 
     :param checked: A small one with the same parameters, on which all candidates must agree first.
     :param rounds: At most.
+    :param together: Whether all ways to do the step share a process.
     :param gpu_only: Why it is left out on a CPU, or nothing.
     """
 
     problem: Problem
     checked: Problem
     rounds: int
+    together: bool = True
     gpu_only: str = ""
 
 
@@ -63,19 +69,21 @@ def cases(options: Options) -> Iterator[Case]:
     """The MLP first: the bars are about it."""
     data = options.data or DATA
     if options.quick:
-        yield Case(QUICK_SIZE, QUICK_SIZE, options.rounds)
+        yield Case(QUICK_SIZE, QUICK_SIZE, options.rounds, together=False)
         molecules = Molecules(data, 2, width=8, rounds=1)
         yield Case(molecules, molecules, options.rounds)
         return
-    yield Case(SIZE, SIZE, options.rounds)
+    yield Case(SIZE, SIZE, options.rounds, together=False)
     gpu, large = options.device.type == "cuda", "too large for a CPU"
     domains = Vision("office", 3, 2, 64, 64)
-    yield Case(Vision("office", 3, 64 if gpu else 4), domains, 6)
-    yield Case(Vision("office", 4, 64), domains._replace(tasks=4), 6, large)
-    yield Case(Molecules(data, 128 if gpu else 32), Molecules(data, 4), 6)
-    yield Case(Vision("scene", 3, 8, 288, 384), Vision("scene", 3, 2, 64, 64), 6, large)
+    # What balancing adds to a long step on a CPU is less than two steps differ by: that takes many rounds to show.
+    rounds = GPU_ROUNDS if gpu else options.rounds
+    yield Case(Vision("office", 3, 64 if gpu else 4), domains, rounds)
+    yield Case(Vision("office", 4, 64), domains._replace(tasks=4), rounds, gpu_only=large)
+    yield Case(Molecules(data, 128 if gpu else 32), Molecules(data, 4), rounds)
+    yield Case(Vision("scene", 3, 8, 288, 384), Vision("scene", 3, 2, 64, 64), rounds, gpu_only=large)
     vit = Vision("vit", 5, 16)
-    yield Case(vit, vit._replace(batch=1), 6, large)
+    yield Case(vit, vit._replace(batch=1), rounds, gpu_only=large)
 
 
 def tables(options: Options) -> Iterator[Table]:
@@ -100,7 +108,7 @@ def _case(case: Case, options: Options) -> Section:
     for generation, start in enumerate(starts):
         rounds = min(ROUNDS_PER_PROCESS, case.rounds - start, options.rounds - start)
         of_all = f"{title}, processes {generation + 1} of {len(starts)}"
-        part = _run_processes(problem, subjects, rounds, title=of_all, options=options)
+        part = _run_processes(problem, subjects, rounds, case.together, title=of_all, options=options)
         samples = {name: samples.get(name, []) + taken for name, taken in part.items()}
 
     notes = [f"left out, as it failed: {name} ({why})" for name, why in refused.items()]
@@ -146,34 +154,53 @@ def require_qm9(data: Path) -> None:
 
 
 def _run_processes(
-    problem: Problem, kinds: dict[str, Callable[..., steps.Step]], rounds: int, *, title: str, options: Options
+    problem: Problem,
+    kinds: dict[str, Callable[..., steps.Step]],
+    rounds: int,
+    together: bool,
+    *,
+    title: str,
+    options: Options,
 ) -> Samples:
-    """Samples of all subjects, each in one new process."""
+    """Samples of all subjects, in new processes: one for all of them, or one for each."""
     device = str(options.device)
-    subjects: dict[str, tuple[Any, ...]] = {COPY: (Copy, fused_bytes(problem.tasks, problem.P), device)}
+    subjects: Subjects = {COPY: (Copy, fused_bytes(problem.tasks, problem.P), device)}
     subjects |= {name: (kind, problem, device) for name, kind in kinds.items()}
+    groups = [subjects] if together else [{name: subject} for name, subject in subjects.items()]
     with ExitStack() as stack:
-        workers = {name: _worker(options, *subject) for name, subject in subjects.items()}
-        for worker in workers.values():
+        workers: dict[str, Here | Worker] = {}
+        for group in groups:
+            worker = _worker(options, group)
             stack.enter_context(worker)
+            workers |= dict.fromkeys(group, worker)
         for worker in workers.values():
             worker.wait()
         seconds, pause = (0.0, 0.0) if options.quick else (SAMPLE_SECONDS, PAUSE)
         turns = {}
         for name, worker in workers.items():
             time.sleep(pause)
-            calls = worker.call(_calls_lasting, seconds, device)
-            turns[name] = functools.partial(worker.call, _sample, calls, device)
+            calls = worker.call(_calls_lasting, name, seconds, device)
+            turns[name] = functools.partial(worker.call, _sample, name, calls, device)
         return interleave(turns, rounds, warmup=1, title=title, pause=pause)
 
 
-def _worker(options: Options, build: Callable[..., Any], *args: Any) -> Here | Worker:
-    return Here(build, *args) if options.quick else Worker(options.threads, build, *args)
+Subjects = dict[str, tuple[Any, ...]]
+"""By name: what builds each, and its arguments."""
+
+Built = dict[str, Callable[[], object]]
 
 
-def _calls_lasting(subject: Callable[[], object], seconds: float, device: str) -> int:
-    return calls_lasting(subject, seconds, functools.partial(synchronize, torch.device(device)))
+def _worker(options: Options, subjects: Subjects) -> Here | Worker:
+    return Here(_build, subjects) if options.quick else Worker(options.threads, _build, subjects)
 
 
-def _sample(subject: Callable[[], object], calls: int, device: str) -> Sample:
-    return sample(subject, calls, functools.partial(synchronize, torch.device(device)))
+def _build(subjects: Subjects) -> Built:
+    return {name: build(*arguments) for name, (build, *arguments) in subjects.items()}
+
+
+def _calls_lasting(subjects: Built, name: str, seconds: float, device: str) -> int:
+    return calls_lasting(subjects[name], seconds, functools.partial(synchronize, torch.device(device)))
+
+
+def _sample(subjects: Built, name: str, calls: int, device: str) -> Sample:
+    return sample(subjects[name], calls, functools.partial(synchronize, torch.device(device)))

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from benchmarks import figures, growth
 from benchmarks.report import environment_to_text
 from benchmarks.results import Run, Table
+from benchmarks.timing import Quartiles
 
 BEGIN, END = "<!-- begin: python -m benchmarks.report -->", "<!-- end: python -m benchmarks.report -->"
 NO_GPU = "No GPU figures yet: `make gpu` and `make bench ARGS='--device cuda'` take them on a machine that has one."
@@ -31,10 +32,11 @@ hand. `make bench` takes the same on your machine.
   DB-MTL from its Jacobian.
 """
 
-STEPS = """A step is forward and backward passes and balancing, without the optimizer; every way to do it has a process
-of its own. *Exposed balancing* is what a step takes beyond a loop of T backward passes that drops each gradient in a
-hook. The figure's grey parts are that loop's; equal weighting has one backward pass. Where steps are long against the
-balancing, the latter is less than two runs of the same loop differ by, and may come out negative."""
+STEPS = """A step is forward and backward passes and balancing, without the optimizer. The ways to do the MLP's have
+each a process of its own, those of longer steps share one; all processes are replaced now and then. *Exposed balancing*
+is what a step takes beyond a loop of T backward passes that drops each gradient in a hook, formed within each round,
+with its quartiles: where they reach from below zero to above it, the step is too long for the balancing to show. The
+figure's grey parts are that loop's; equal weighting has one backward pass."""
 
 READY = """On a ready `T × P` matrix of gradients. Share is that of copy bandwidth: the time of the copy over the own
 time; above 1 where data stays in cache."""
@@ -169,7 +171,7 @@ def _of_steps(run: Run) -> Iterator[str]:
         rows = []
         for name in table["candidates"]:
             plain = name in (table["copy"], facts.get("forward"), facts.get("one"))
-            added = "" if plain else milliseconds(table.median(lambda own, bare: own - bare, name, floor))
+            added = "" if plain or name == floor else spread(table.quartiles(lambda own, bare: own - bare, name, floor))
             ratio = "" if name == table["copy"] else times(table.ratio(name, table["ratio_to"]))
             rows.append([bold(name, facts["own"]), milliseconds(table.seconds(name)), ratio, added, error(table, name)])
         heads = ["", "step", f"/ {table['ratio_to']}", "exposed balancing", "error"]
@@ -274,6 +276,12 @@ def seconds(value: float) -> str:
 def milliseconds(value: float) -> str:
     """Of steps, all in one unit."""
     return f"{1e3 * value:.3g} ms" if abs(value) < 1 else f"{1e3 * value:.0f} ms"
+
+
+def spread(of: Quartiles) -> str:
+    """The median, and the quartiles around it."""
+    low, middle, high = (f"{1e3 * value:.3g}" if abs(value) < 1 else f"{1e3 * value:.0f}" for value in of)
+    return f"{middle} ms ({low} … {high})"
 
 
 def times(value: float) -> str:

@@ -26,9 +26,13 @@ class Table:
     def samples(self) -> Samples:
         return {name: [Sample(**taken) for taken in of["samples"]] for name, of in self.content["candidates"].items()}
 
-    def median(self, formula: Callable[..., float], *names: str) -> float:
+    def quartiles(self, formula: Callable[..., float], *names: str) -> Quartiles:
         """Of ``formula(seconds of names[0], ...)`` over the rounds."""
-        return Quartiles.of(per_round(formula, self.samples, *names)).median
+        return Quartiles.of(per_round(formula, self.samples, *names))
+
+    def median(self, formula: Callable[..., float], *names: str) -> float:
+        """The middle one of :meth:`quartiles`."""
+        return self.quartiles(formula, *names).median
 
     def seconds(self, name: str) -> float:
         """The median of a candidate."""
