@@ -17,6 +17,12 @@
 #include "weights.h"
 
 namespace dbmtl_fused::cpu {
+namespace {
+
+// Chunks of a row before the next row has its turn: a short stretch is over before it streams at full speed.
+constexpr int64_t kRun = 16;
+
+}  // namespace
 
 template <class State>
 void launch_balance(const Balance<State>& args, ParallelFor parallel_for) {
@@ -28,17 +34,17 @@ void launch_balance(const Balance<State>& args, ParallelFor parallel_for) {
 
   parallel_for(C, chunk_grain(args.T), [&](int64_t begin, int64_t end) {
     bool finite = true;
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t start = c * kChunk;
-      for (int64_t t = 0; t < args.T; ++t) {
-        const auto chunk =
-            ema_columns(args.ema + t * args.ema_stride + start,
-                        element(args.grads, args.grads_dtype, t * args.grads_stride + start), args.grads_dtype,
-                        std::min(kChunk, args.P - start), coefficients, draws_of(args.seed, t, start));
-        partials[t * C + c] = chunk.sq_norm;
-        finite &= chunk.finite;
-      }
-    }
+    for (int64_t run = begin; run < end; run += kRun)
+      for (int64_t t = 0; t < args.T; ++t)
+        for (int64_t c = run; c < std::min(end, run + kRun); ++c) {
+          const int64_t start = c * kChunk;
+          const auto chunk =
+              ema_columns(args.ema + t * args.ema_stride + start,
+                          element(args.grads, args.grads_dtype, t * args.grads_stride + start), args.grads_dtype,
+                          std::min(kChunk, args.P - start), coefficients, draws_of(args.seed, t, start));
+          partials[t * C + c] = chunk.sq_norm;
+          finite &= chunk.finite;
+        }
     if (!finite) all_finite.store(false, std::memory_order_relaxed);
   });
   if (!all_finite.load(std::memory_order_relaxed)) *args.found_inf = 1;

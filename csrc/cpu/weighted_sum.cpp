@@ -5,7 +5,7 @@
 // bf16:
 //           half of it.
 // Parallel  chunks of columns, in contiguous ranges; vectors, compiled per instruction set. kVectors vectors of sums
-//           stay in registers while the loop goes down the rows.
+//           stay in registers while the loop goes down some rows, a chunk of them in cache until it has been down all.
 // Sync      one parallel region.
 // Numerics  products and sums round one by one in the state's compute type, in task order, then once to out's type: bit
 //           for bit the reference. Squares are summed in kStepBytes of lanes, on every instruction set.
@@ -24,8 +24,12 @@ namespace {
 // spared the reading of what is overwritten.
 constexpr int64_t kStreamedSum = 16 << 20;
 
-// Bytes of a row to prefetch ahead: with many rows, more streams than the processor follows on its own.
-constexpr int kAhead = 512;
+// Bytes of a row to prefetch ahead: rows are more streams than the processor follows on its own.
+constexpr int kAhead = 256;
+
+// Rows that are read side by side. More than kMostRows are too many streams for prefetching too: they are added by
+// kRows, and sums wait in the first-level cache.
+constexpr int64_t kMostRows = 12, kRows = 8;
 
 // Vectors of sums: at least four are on their way at a time, and enough for a step of the squares.
 template <class Real, int kLanes>
@@ -45,26 +49,42 @@ template <class State, class Out, bool kStream>
 struct WeightedSumLoop {
   using Real = RealOf<State>;
 
+  // Rows that are added to a block of columns at once.
+  struct Group {
+    const State* rows;
+    int64_t stride;
+    const Real* weights;
+    int64_t count;
+    bool first;  // what they are added to is not in the tile yet
+    bool last;   // their sum is no longer for the tile
+  };
+
   // One block of columns, of which only `rest` exist if it is not whole.
   template <int kLanes, bool kWhole>
-  static DBMTL_INLINE void block(const State* rows, int64_t stride, const Real* weights, int64_t T, size_t rest,
-                                 bool accumulate, Out* out, Squares<Real, kLanes>& squares) {
+  static DBMTL_INLINE void block(const Group& group, int64_t p, size_t rest, bool accumulate, Real* tile, Out* out,
+                                 Squares<Real, kLanes>& squares) {
     constexpr int kVectors = cpu::kVectors<Real, kLanes>, kBlock = kVectors * kLanes;
     Vector<Real, kLanes> sums[kVectors] = {};
     Out padded_out[kBlock] = {};
     State padded_row[kBlock] = {};
-    Out* const target = kWhole ? out : padded_out;
-    if (accumulate) {
-      if constexpr (!kWhole) std::memcpy(padded_out, out, rest * sizeof(Out));
+    Out* const target = kWhole ? out + p : padded_out;
+    if (!group.first) {
+      std::memcpy(sums, tile + p, sizeof(sums));
+    } else if (accumulate) {
+      if constexpr (!kWhole) std::memcpy(padded_out, out + p, rest * sizeof(Out));
       for (int i = 0; i < kVectors; ++i) sums[i] = load<Real, kLanes>(target + i * kLanes);
     }
-    for (int64_t t = 0; t < T; ++t) {
-      const State* row = rows + t * stride;
+    for (int64_t t = 0; t < group.count; ++t) {
+      const State* row = group.rows + t * group.stride + p;
       if constexpr (kWhole)
         prefetch<kAhead, kBlock * sizeof(State)>(row);
       else
         row = static_cast<const State*>(std::memcpy(padded_row, row, rest * sizeof(State)));
-      for (int i = 0; i < kVectors; ++i) sums[i] += weights[t] * load<Real, kLanes>(row + i * kLanes);
+      for (int i = 0; i < kVectors; ++i) sums[i] += group.weights[t] * load<Real, kLanes>(row + i * kLanes);
+    }
+    if (!group.last) {
+      std::memcpy(tile + p, sums, sizeof(sums));
+      return;
     }
     for (int i = 0; i < kVectors; ++i) {
       if constexpr (kStream && kWhole)
@@ -73,7 +93,7 @@ struct WeightedSumLoop {
         store<Real, kLanes>(target + i * kLanes, sums[i]);
     }
     if constexpr (!kWhole) {
-      std::memcpy(out, padded_out, rest * sizeof(Out));
+      std::memcpy(out + p, padded_out, rest * sizeof(Out));
       Real values[kBlock];  // the padding of an infinitely weighted row is NaN
       std::memcpy(values, sums, sizeof(values));
       std::fill(values + rest, values + kBlock, Real{0});
@@ -82,17 +102,22 @@ struct WeightedSumLoop {
     squares.add(sums);
   }
 
-  // Returns the squared norm of what goes to out.
+  // Of at most kChunk columns; returns the squared norm of what goes to out.
   template <int kBytes>
   static DBMTL_INLINE Real run(const State* rows, int64_t stride, const Real* weights, int64_t T, int64_t count,
                                bool accumulate, Out* out) {
     constexpr int kLanes = kBytes / sizeof(Real);
     constexpr int kBlock = kVectors<Real, kLanes> * kLanes;
+    static_assert(kChunk % kBlock == 0);
+    const int64_t at_once = T <= kMostRows ? T : kRows;
     Squares<Real, kLanes> squares;
-    int64_t p = 0;
-    for (; p + kBlock <= count; p += kBlock)
-      block<kLanes, true>(rows + p, stride, weights, T, kBlock, accumulate, out + p, squares);
-    if (p < count) block<kLanes, false>(rows + p, stride, weights, T, count - p, accumulate, out + p, squares);
+    alignas(kBytes) Real tile[kChunk];
+    for (int64_t t = 0; t < T; t += at_once) {
+      const Group group{rows + t * stride, stride, weights + t, std::min(at_once, T - t), t == 0, t + at_once >= T};
+      int64_t p = 0;
+      for (; p + kBlock <= count; p += kBlock) block<kLanes, true>(group, p, kBlock, accumulate, tile, out, squares);
+      if (p < count) block<kLanes, false>(group, p, count - p, accumulate, tile, out, squares);
+    }
     if constexpr (kStream) finish_streams();
     return sum_lanes<Real>(squares.sums);
   }
