@@ -52,7 +52,8 @@ errors. Where times depart from it:
 * In between the state fits a cache, and everything is faster than memory allows.
 * LibMTL's expression allocates its temporaries anew in every call, and large blocks come from the system page by page:
   the kernel zeroes each, which is traffic that the model does not count.
-* `balance_` finds what phase 1 touched last in the cache: the more of it there is, the less it reads again.
+* `balance_` is faster than the copy: it reads three numbers for each that it writes, the copy one, and writing costs
+  memory more. It also finds what phase 1 touched last in the cache.
 * Few tasks: the `+ 1`, writing the sum, is a larger part, and is no part of the slope along `T`."""
 
 
