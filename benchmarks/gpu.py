@@ -303,6 +303,11 @@ def _pytest_environment(options: Options) -> dict[str, str]:
     return {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
+def _sweep_environment(options: Options) -> dict[str, str]:
+    """Without a GPU there is no Triton but its interpreter."""
+    return {"TRITON_INTERPRET": "1"} if options.device == "cpu" else {}
+
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
@@ -334,7 +339,12 @@ STAGES: dict[str, Stage] = {
         Stage("counters", "memory traffic of every operator as the GPU counts it", _counters, limit=150, reserve=60),
         Stage("steps", "whole training steps beside what people would use instead", _steps, limit=540, reserve=150),
         Stage("train", "QM9: five trainings, and DB-MTL's losses beside LibMTL's", _train, limit=540, reserve=150),
-        Stage("sweep", "launch parameters of the Triton kernels", _sweep, limit=540, reserve=240),
+        Stage(
+            *("sweep", "launch parameters of the Triton kernels", _sweep),
+            limit=540,
+            reserve=240,
+            environment=_sweep_environment,
+        ),
     )
 }
 """Every stage, in the order in which they run. What earlier ones leave of their time, later ones have."""
@@ -389,8 +399,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="dbmtl_fused_gpu_") as scratch, _terminated_by_exception():
         for name, result in report.results.items():
             later = options.stages[options.stages.index(name) + 1 :]
-            left = deadline - time.monotonic() - sum(STAGES[other].reserve for other in later)
-            _run(STAGES[name], result, Context(options, Path(scratch), min(STAGES[name].limit, left)), report)
+            left = deadline - time.monotonic()
+            # What comes first matters most: it has its own part, also where there is not enough for all.
+            free = max(left - sum(STAGES[other].reserve for other in later), min(left, STAGES[name].reserve))
+            _run(STAGES[name], result, Context(options, Path(scratch), min(STAGES[name].limit, free)), report)
             report.write()
     report.write(finished=True)
     _say(f"wrote {options.out}/gpu.json and gpu.txt")
