@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -162,6 +163,18 @@ def test_stages_without_time_are_skipped_aloud(stage_table: dict[str, str], tmp_
     assert [stage["status"] for stage in found.values()] == [SKIPPED, SKIPPED, PASSED]
     assert found["a"]["reason"] == "no time left: give more --minutes, or fewer --stages"
     assert "no time left" in (tmp_path / "gpu.txt").read_text()
+
+
+def test_the_first_stage_has_its_time_where_there_is_not_enough_for_all(
+    stage_table: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_table.update(a="pass", b="pass", c="pass")
+    for name in stage_table:
+        monkeypatch.setitem(gpu.STAGES, name, dataclasses.replace(gpu.STAGES[name], reserve=30))
+    run(tmp_path, "--minutes", "0.3")
+    found = stages(tmp_path)
+    assert found["a"]["status"] == PASSED
+    assert found["a"]["limit"] == pytest.approx(18, abs=2)
 
 
 def test_a_build_that_setup_py_gave_up_is_a_failure(
