@@ -149,7 +149,7 @@ def _draw_steps(data: Data) -> Any:
         for phase, part in parts.items():
             axes.barh(place, part, left=start, color=PHASES[phase], height=0.72)
             start += part
-        axes.text(start, place, f" {start:.3g}", va="center", fontsize=8)
+        axes.text(start, place, f" {_number(start)}", va="center", fontsize=8)
 
     figure, _ = _panels(data, bars, "milliseconds a step")
     patches = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in PHASES.values()]
@@ -170,7 +170,7 @@ def _draw_roofline(data: Data) -> Any:
 
 def _bar(axes: Any, place: int, value: float, own: bool) -> None:
     axes.barh(place, value, color=OWN if own else OTHER, height=0.72)
-    axes.text(value, place, f" {value:.3g}", va="center", fontsize=8)
+    axes.text(value, place, f" {_number(value)}", va="center", fontsize=8)
 
 
 def _panels(data: Data, bar: Callable[..., None], unit: str) -> tuple[Any, Sequence[Any]]:
@@ -210,3 +210,8 @@ def _draw_growth(data: Data) -> Any:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _number(value: float) -> str:
+    """With three digits, and no exponent where there are more."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
