@@ -42,8 +42,6 @@ LAUNCHES = {"cpu": 0.0, "cuda": 10e-6}
 """and these seconds for each task."""
 
 ROUNDS_PER_PROCESS = 5
-GPU_ROUNDS = 6
-"""Of the models; there time is short and samples differ less."""
 SAMPLE_SECONDS = 0.2
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "qm9"
 """Where QM9 is looked for unless ``--data`` says."""
@@ -76,8 +74,9 @@ def cases(options: Options) -> Iterator[Case]:
     yield Case(SIZE, SIZE, options.rounds, together=False)
     gpu, large = options.device.type == "cuda", "too large for a CPU"
     domains = Vision("office", 3, 2, 64, 64)
-    # What balancing adds to a long step on a CPU is less than two steps differ by: that takes many rounds to show.
-    rounds = GPU_ROUNDS if gpu else options.rounds
+    # What balancing adds to a long step on a CPU is less than two steps differ by: that takes many rounds to show. On a
+    # GPU time is short, and steps differ less.
+    rounds = ROUNDS_PER_PROCESS if gpu else options.rounds
     yield Case(Vision("office", 3, 64 if gpu else 4), domains, rounds)
     yield Case(Vision("office", 4, 64), domains._replace(tasks=4), rounds, gpu_only=large)
     yield Case(Molecules(data, 128 if gpu else 32), Molecules(data, 4), rounds)

@@ -95,12 +95,6 @@ class Step:
         self.scale = scale.to(self.norms.dtype)
         return seeds
 
-    def take_nothing(self) -> None:
-        """Take a gradient of zeros from every task, and leave every row as it is."""
-        self.scale = self.inv_scale = torch.ones_like(self.alpha_value)
-        self.betas = dict.fromkeys(range(len(self.taken)), self.inv_scale)
-        self.found_inf.zero_()
-
     def leave_out(self, tasks: Sequence[int]) -> None:
         """``tasks`` have had nothing."""
         if tasks:
@@ -109,8 +103,8 @@ class Step:
             assert self.preference is not None
             self.preference[task] = 0
 
-    def seeds(self) -> tuple[Tensor, ...]:
-        """Of the rounding of each row: no two alike, over all steps."""
+    def rounding_seeds(self) -> tuple[Tensor, ...]:
+        """Of each row: no two alike, over all steps."""
         T = len(self.taken)
         return (self._number * T + torch.arange(T, device=self._number.device)).unbind()
 
@@ -175,7 +169,7 @@ class _Rows:
 
     def begin(self, step: Step) -> None:
         self._step = step
-        self._seeds = step.seeds() if self._dtype is torch.bfloat16 else [None] * len(step.taken)
+        self._seeds = step.rounding_seeds() if self._dtype is torch.bfloat16 else [None] * len(step.taken)
 
     def update(self, task: int, slots: Sequence[int], grads: Sequence[Tensor | None], accumulate: bool) -> None:
         """Take gradients of ``task``; see ``ema_update_``. Only the first of several in a step decay the row."""
@@ -249,10 +243,11 @@ class EmaRows(_Rows):
         self.sq_norms[rows] = 0
 
     def measure(self) -> None:
-        """Bring ``sq_norms`` up to date after the buffer was written to: a step that leaves every row as it is."""
+        """Bring ``sq_norms`` up to date after the buffer was written to: a step in which no task is active."""
         T, slots = len(self._rows), range(len(self._layout.slots))
-        step = Step([0] * T, self._zeros(dtype=torch.int64), 1.0, 0.0, self._compute_dtype)
-        step.take_nothing()
+        step = Step([0] * T, self._zeros(dtype=torch.int64), 0.0, 0.0, self._compute_dtype)
+        losses, nobody = self._zeros(T, dtype=self._compute_dtype), self._zeros(T, dtype=torch.bool)
+        step.take(self._ops.begin_step, range(T), losses, losses.new_ones(()), active=nobody)
         self.begin(step)
         for task in range(T):
             self.update(task, slots, [None] * len(slots), accumulate=False)

@@ -101,10 +101,10 @@ DBMTL_INLINE void store_bits(void* to, const VectorType& bits) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
-// The same past the caches, where the target is aligned to kStreamed bytes; without reading first what it overwrites.
-// Other threads see it after finish_streams().
 constexpr int kStreamed = 16;
 
+// The same past the caches, where the target is aligned to kStreamed bytes; without reading first what it overwrites.
+// Other threads see it after finish_streams().
 template <class VectorType>
 DBMTL_INLINE void stream_bits(void* to, const VectorType& bits) {
 #if defined(__x86_64__)

@@ -1,8 +1,7 @@
 // Weighted sum of the rows: phase 2 of combine and balance_.
 //
 // Math      out[p] = (out[p] if accumulate else 0) + sum_t weights[t] * rows[t, p];   partials of sum_p out[p]^2
-// Traffic   fp32: reads 4T, writes 4 bytes a column; reads 4 more if accumulate, or to write less than kStreamedSum.
-// bf16:
+// Traffic   fp32: reads 4T, writes 4 bytes a column; reads 4 more if accumulate or if out is not streamed. bf16:
 //           half of it.
 // Parallel  chunks of columns, in contiguous ranges; vectors, compiled per instruction set. kVectors vectors of sums
 //           stay in registers while the loop goes down some rows, a chunk of them in cache until it has been down all.
