@@ -163,7 +163,7 @@ class Matrices:
         self.norms, self.weights = (torch.empty(T, dtype=compute, device=device) for _ in range(2))
         self.alpha_value, self.out_sq_norm = torch.empty_like(self.one), torch.empty_like(self.one)
         self.found_inf = torch.zeros((), device=device)
-        self.arrivals = torch.zeros((), dtype=torch.int32, device=device)
+        self.step, self.arrivals = (torch.zeros((), dtype=of, device=device) for of in (torch.int64, torch.int32))
         self.products = torch.empty(T, T, dtype=compute, device=device)
         self.sq_norms = torch.linalg.vector_norm(self.ema, dim=1, dtype=compute).square()
 
@@ -172,7 +172,7 @@ class Matrices:
         op(self.ema, self.grads, self.beta, self.seed, "max", 0.0, EPS, *results)
 
     def combine(self, op: Callable[..., None]) -> None:
-        results = self.out, self.norms, self.weights, self.alpha_value, self.out_sq_norm, self.arrivals
+        results = self.out, self.norms, self.weights, self.alpha_value, self.out_sq_norm, self.step, self.arrivals
         op(self.ema, self.sq_norms, None, self.found_inf, self.one, "max", 0.0, EPS, False, *results)
 
     def combine_eagerly(self) -> None:

@@ -142,12 +142,12 @@ def combine(T: int, P: int, dtypes: Dtypes, kind: int, backend: str, device: tor
     preference = inputs.placed((torch.arange(T) % 3).to(compute), layout) if kind % 4 > 1 else None
     norms, weights, alpha, out_sq_norm = (inputs.fresh(size, compute) for size in ((T,), (T,), (), ()))
     found_inf, scale = inputs.scalar(0.0, torch.float32), inputs.scalar(0.5, compute)
-    arrivals = inputs.scalar(0, torch.int32)
-    written = out, norms, weights, alpha, out_sq_norm, arrivals
+    step, arrivals = inputs.scalar(7, torch.int64), inputs.scalar(0, torch.int32)
+    written = out, norms, weights, alpha, out_sq_norm, step, arrivals
     op = backends.operators(backend).combine
     op(ema, sq_norms, preference, found_inf, scale, _alpha(kind), 2.5, 1e-8, accumulate, *written)
-    results = {"out": out, "norms": norms, "weights": weights, "alpha": alpha}
-    return {**results, "out_sq_norm": out_sq_norm, "arrivals": arrivals}
+    results = {"out": out, "norms": norms, "weights": weights, "alpha": alpha, "out_sq_norm": out_sq_norm}
+    return {**results, "step": step, "arrivals": arrivals}
 
 
 def gram(T: int, P: int, state: torch.dtype, kind: int, backend: str, device: torch.device) -> Results:

@@ -57,7 +57,7 @@ void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& gr
 void combine(const Tensor& ema, const Tensor& sq_norms, const std::optional<Tensor>& preference,
              const Tensor& found_inf, const Tensor& scale, StringHandle alpha, double alpha_constant, double eps,
              bool accumulate, const Tensor& out, const Tensor& norms, const Tensor& weights, const Tensor& alpha_value,
-             const Tensor& out_sq_norm, const Tensor& arrivals) {
+             const Tensor& out_sq_norm, const std::optional<Tensor>& step, const Tensor& arrivals) {
   const Alpha mode = parse_alpha(alpha);
   check_matrix(ema, "ema");
   const int64_t T = ema.size(0), P = ema.size(1);
@@ -81,6 +81,7 @@ void combine(const Tensor& ema, const Tensor& sq_norms, const std::optional<Tens
     args.out = out.data_ptr();
     args.alpha_value = kOnCpu.scalar<Real>(alpha_value, "alpha_value");
     args.out_sq_norm = kOnCpu.scalar<Real>(out_sq_norm, "out_sq_norm");
+    args.step = step ? kOnCpu.scalar<int64_t>(*step, "step") : nullptr;
     launch_combine(args, parallel_for);
   });
 }

@@ -109,6 +109,7 @@ struct Combine {
   DType out_dtype;
   Real* alpha_value;
   Real* out_sq_norm;
+  int64_t* step;  // null: not to be counted
 };
 
 template <class State>

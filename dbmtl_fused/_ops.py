@@ -190,7 +190,7 @@ def _ema_update_fake(
 @_define(
     "combine(Tensor ema, Tensor sq_norms, Tensor? preference, Tensor found_inf, Tensor scale, str alpha, "
     "float alpha_constant, float eps, bool accumulate, Tensor(a!) out, Tensor(b!) norms, Tensor(c!) weights, "
-    "Tensor(d!) alpha_value, Tensor(e!) out_sq_norm, Tensor(f!) arrivals) -> ()"
+    "Tensor(d!) alpha_value, Tensor(e!) out_sq_norm, Tensor(f!)? step, Tensor(g!) arrivals) -> ()"
 )
 def _combine_fake(
     ema: Tensor,
@@ -207,6 +207,7 @@ def _combine_fake(
     weights: Tensor,
     alpha_value: Tensor,
     out_sq_norm: Tensor,
+    step: Tensor | None,
     arrivals: Tensor,
 ) -> None:
     """Turn squared row norms into weights and write the weighted sum of the rows (paper, Eq. 2 and Algorithm 1)::
@@ -216,6 +217,7 @@ def _combine_fake(
         weights     = preference * alpha / (norms + eps)      preference if alpha is "none"; NaN if found_inf
         out         = scale * sum_t weights[t] * ema[t]         (+ out if accumulate)
         out_sq_norm = sum_p out[p]**2                  before out is rounded to its dtype
+        step        = step + 1                         as it was if found_inf
 
     ``"min"`` is that of the norms other than 0, a row of zeros having no magnitude to balance by; ``max``, ``min``,
     ``mean`` and ``median`` of no norm at all are 0.
@@ -230,9 +232,10 @@ def _combine_fake(
     :param norms, weights: Shape ``(T,)``; written.
     :param alpha_value: 0-d; written (1 if the mode is ``"none"``).
     :param out_sq_norm: Squared norm of ``out``, 0-d; written.
+    :param step: Steps taken so far, 0-d int64; read and written. None: this is not the end of a step.
     :param arrivals: See ``ema_update_``.
     """
-    given = [] if preference is None else [preference]
+    given = [tensor for tensor in (preference, step) if tensor is not None]
     _check_devices(ema, sq_norms, found_inf, scale, out, norms, weights, alpha_value, out_sq_norm, arrivals, *given)
     T, P = ema.shape
     torch._check(out.shape == (P,), lambda: f"out must have shape ({P},), got {tuple(out.shape)}")

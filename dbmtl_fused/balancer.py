@@ -375,7 +375,6 @@ class DBMTL:
         except BaseException as error:
             self._failure = f"the balancing of its last step failed ({type(error).__name__}: {error})"
             raise
-        self._step += step.found_inf == 0
         self.norms, self.weights, self.alpha_value = step.norms, step.weights, step.alpha_value
         self._last = step
         return self._views(flats)

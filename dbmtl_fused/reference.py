@@ -150,6 +150,7 @@ def combine(
     weights: Tensor,
     alpha_value: Tensor,
     out_sq_norm: Tensor,
+    step: Tensor | None,
     arrivals: Tensor,
 ) -> None:
     norms.copy_(sq_norms.sqrt())
@@ -163,6 +164,8 @@ def combine(
         total = total + weight * row.to(weights.dtype)
     out.copy_(total)
     out_sq_norm.copy_(_chunk_sq_norms(total).sum())
+    if step is not None:
+        step += found_inf == 0
 
 
 def gram(ema: Tensor, out: Tensor, arrivals: Tensor) -> None:
@@ -192,8 +195,9 @@ def balance_(
         random = random_bits(seed + rows[:, None], columns)
     _ema_(ema, grads, beta, one, found_inf, False, random)
     sq_norms = _chunk_sq_norms(ema).sum(-1)
-    unused = (torch.empty_like(one) for _ in range(3))
-    combine(ema, sq_norms, None, found_inf, one, alpha, alpha_constant, eps, False, out, norms, weights, *unused)
+    alpha_value, out_sq_norm, arrivals = (torch.empty_like(one) for _ in range(3))
+    written = out, norms, weights, alpha_value, out_sq_norm
+    combine(ema, sq_norms, None, found_inf, one, alpha, alpha_constant, eps, False, *written, None, arrivals)
 
 
 for _implementation in (begin_step, ema_update_, combine, gram, balance_):

@@ -21,13 +21,13 @@ class Step:
 
     ``norms``, ``weights`` ``(T,)``, ``alpha_value`` 0-d, ``out_sq_norms`` (one for each flat gradient): results.
     ``found_inf``, ``scale``, ``inv_scale`` 0-d, ``preference`` ``(T,)`` or None: see ``_ops``. ``betas``: the 0-d
-    coefficient of each row, by task.
+    coefficient of each row, by task. ``number``: of steps taken, which the last operator of this one counts up.
 
     A step takes its gradients in one call of :meth:`take` or in several, of which each task's first decays its row and
     the others add to it. A task that has nothing to give, or is not active, keeps its row and takes no part.
 
     :param taken: How many gradients each task has had; the caller counts, here it is read.
-    :param number: Steps taken before, 0-d int64: rows of bfloat16 draw the random bits of their rounding from it.
+    :param number: Steps taken before, 0-d int64: beta is made of it, and the random bits by which bfloat16 is rounded.
     :param beta, beta_sigma: The schedule of the EMA coefficient.
     :param dtype: What is computed in.
     :param preference: Of the tasks, shape ``(T,)``; None: 1 for all.
@@ -46,8 +46,7 @@ class Step:
         active: Tensor | None = None,
     ) -> None:
         T = len(taken)
-        self._schedule, self.taken, self.active = (beta, beta_sigma), taken, active
-        self._number = number
+        self._schedule, self.number, self.taken, self.active = (beta, beta_sigma), number, taken, active
         self.betas: dict[int, Tensor] = {}
         self.norms, self.weights = (torch.empty(T, dtype=dtype, device=number.device) for _ in range(2))
         self.alpha_value, self.inv_scale = (self.norms.new_empty(()) for _ in range(2))
@@ -80,7 +79,7 @@ class Step:
             losses,
             active,
             scale,
-            self._number,
+            self.number,
             *self._schedule,
             micro_batches,
             log_eps,
@@ -106,7 +105,7 @@ class Step:
     def rounding_seeds(self) -> tuple[Tensor, ...]:
         """Of each row: no two alike, over all steps."""
         T = len(self.taken)
-        return (self._number * T + torch.arange(T, device=self._number.device)).unbind()
+        return (self.number * T + torch.arange(T, device=self.number.device)).unbind()
 
     def grad_norm(self) -> Tensor:
         """Norm of the balanced gradient, not scaled, 0-d."""
@@ -199,8 +198,13 @@ class _Rows:
         alpha: tuple[str, float],
         scale: Tensor,
         out_sq_norm: Tensor,
+        *,
         accumulate: bool = False,
+        is_last: bool = False,
     ) -> None:
+        """
+        :param is_last: Of the step, which it counts.
+        """
         step = self._step
         self._ops.combine(
             rows,
@@ -216,6 +220,7 @@ class _Rows:
             step.weights[tasks],
             step.alpha_value,
             out_sq_norm,
+            step.number if is_last else None,
             self._arrivals,
         )
 
@@ -258,11 +263,13 @@ class EmaRows(_Rows):
     def finish(self) -> list[Tensor]:
         """The balanced gradient, one flat tensor per group of the layout."""
         step, outs = self._step, []
-        for dtype, start, stop in self._layout.groups:
-            outs.append(self._flat_grads.take(stop - start, dtype))
-            step.out_sq_norms.append(torch.empty_like(step.alpha_value))
-            columns = self.buffer[:, start:stop]
-            self._combine(columns, outs[-1], slice(None), self._alpha, step.scale, step.out_sq_norms[-1])
+        for group in self._layout.groups:
+            columns, sq_norm = self.buffer[:, group.start : group.stop], torch.empty_like(step.alpha_value)
+            out = self._flat_grads.take(columns.shape[1], group.dtype)
+            is_last = group is self._layout.groups[-1]
+            self._combine(columns, out, slice(None), self._alpha, step.scale, sq_norm, is_last=is_last)
+            outs.append(out)
+            step.out_sq_norms.append(sq_norm)
         torch.autograd.graph.increment_version(self.buffer)  # for graphs that users build on views of it
         return outs
 
@@ -314,7 +321,8 @@ class SumRows(_Rows):
             self.sq_norms *= step.active  # the scratch row still held the task before
         empty = self._scratch[:0]
         unused = torch.empty_like(step.alpha_value)
-        self._combine(empty.expand(len(step.norms), 0), empty, slice(None), self._alpha, step.scale, unused)
+        no_columns = empty.expand(len(step.norms), 0)
+        self._combine(no_columns, empty, slice(None), self._alpha, step.scale, unused, is_last=True)
         factor = step.alpha_value * step.scale
         step.out_sq_norms[0] *= factor.square()
         total = self._sum.mul_(factor)

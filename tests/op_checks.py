@@ -18,6 +18,7 @@ from op_inputs import (
     ALPHA_CONSTANT,
     CHUNK,
     EPS,
+    STEPS,
     Balanced,
     Begun,
     Combined,
@@ -196,6 +197,7 @@ def check_combine(
     scale: float = 1.0,
     accumulate: bool = False,
     found_inf: float = 0.0,
+    counts: bool = True,
 ) -> Combined:
     """Run ``combine`` on tensors as they lie in memory, and check all that it wrote."""
     before, base = array(ema), array(out) if accumulate else 0.0
@@ -215,11 +217,12 @@ def check_combine(
     dense = {"memory_format": torch.contiguous_format}
     reference = run_combine("reference", ema.clone(**dense), sq_norms, out=out.clone(), **options)
 
-    actual = run_combine(backend, ema, sq_norms, out=out, **options)
+    actual = run_combine(backend, ema, sq_norms, out=out, counts=counts, **options)
     assert_balanced(actual, reference, expected, np.abs(before), scale=scale, base=base)
     eps = eps_of(actual.norms.dtype)
     alpha_value = np.asarray(expected.alpha)
     assert_accurate("alpha", actual.alpha, reference.alpha, alpha_value, np.abs(alpha_value), 4 * eps, 16 * eps)
+    assert int(actual.step) == STEPS + (counts and found_inf == 0)
     np.testing.assert_array_equal(array(ema), before, err_msg="ema was changed")
     return actual
 

@@ -30,6 +30,7 @@ EXACT_STATE_DTYPES = (torch.float32, torch.float64)
 
 ALPHA_CONSTANT = 2.5
 EPS = 1e-8
+STEPS = 7  # taken before
 SEED = 2**40 + 12345  # of the rounding of bfloat16 state; both halves of it count
 LARGE = 2**16 + 3 if INTERPRETED else 2**20 + 3  # columns; the interpreter takes a millisecond for every block of them
 SENTINEL = 13.0  # exact in every dtype
@@ -134,6 +135,7 @@ class Combined(NamedTuple):
     weights: Tensor
     alpha: Tensor
     out_sq_norm: Tensor
+    step: Tensor
 
 
 def run_begin_step(
@@ -207,17 +209,22 @@ def run_combine(
     eps: float = EPS,
     accumulate: bool = False,
     out: Tensor | None = None,
+    counts: bool = True,
 ) -> Combined:
-    """Call ``combine``; all outputs but a given ``out`` are fresh, poisoned and between sentinels."""
+    """Call ``combine``; all outputs but a given ``out`` are fresh, poisoned and between sentinels.
+
+    :param counts: Give it the number of steps, :data:`STEPS`, to count up.
+    """
     T, P = ema.shape
     out = ema.new_empty(P) if out is None else out
     flag, factor = flags(found_inf), coefficient(scale, ema.dtype)
     small = [Guarded(factor.new_empty(shape), offset=1) for shape in ((T,), (T,), (), ())]
+    small.append(Guarded(torch.tensor(STEPS, device=DEVICE), offset=1))
     result = Combined(out, *(guarded.view for guarded in small))
     counter = arrivals()
     op = backends.operators(backend).combine
     given = ema, sq_norms, preference, flag, factor, alpha, constant, eps, accumulate
-    assert op(*given, *result, counter) is None
+    assert op(*given, *result[:-1], result.step if counts else None, counter) is None
     for guarded in small:
         guarded.assert_intact()
     assert int(counter) == 0

@@ -201,17 +201,18 @@ def test_last_block_is_known_in_many_launches(rng: np.random.Generator) -> None:
 
 
 def test_sums_of_blocks_are_complete_in_many_launches(rng: np.random.Generator) -> None:
-    """Those of ``combine`` and ``gram``; the counter that they share is left at zero."""
+    """Those of ``combine`` and ``gram``; the counter that they share is left at zero, and no step counted twice."""
     T, P = 5, 300_001
     ema = torch.from_numpy(rng.standard_normal((T, P))).to(DEVICE, torch.float32)
     sq_norms, found_inf, scale = ema.square().sum(1), torch.zeros((), device=DEVICE), torch.ones((), device=DEVICE)
     outputs = [torch.empty(size, device=DEVICE) for size in ((P,), (T,), (T,), (), ())]
     out, sq_norm = outputs[0], outputs[-1]
     products, counter = torch.empty(T, T, device=DEVICE), arrivals()
+    step = torch.zeros((), dtype=torch.int64, device=DEVICE)
     ops = backends.operators("cuda")
 
     def run() -> None:
-        ops.combine(ema, sq_norms, None, found_inf, scale, "max", 1.0, 1e-8, False, *outputs, counter)
+        ops.combine(ema, sq_norms, None, found_inf, scale, "max", 1.0, 1e-8, False, *outputs, step, counter)
         ops.gram(ema, products, counter)
 
     run()
@@ -223,6 +224,7 @@ def test_sums_of_blocks_are_complete_in_many_launches(rng: np.random.Generator) 
         run()
         bad += (sq_norm != first[0]) + (products != first[1]).sum()
     assert int(bad) == int(counter) == 0
+    assert int(step) == 10_001
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -44,7 +44,8 @@ def combine_call(backend: str, rng: np.random.Generator) -> Call:
     ema = tensor(random_rows(rng, 3, 130))
     outputs = ema.new_zeros(130), ema.new_zeros(3), ema.new_zeros(3), ema.new_zeros(()), ema.new_zeros(())
     inputs = ema, ema.square().sum(1), tensor([1.0, 0.0, 2.0]), flags(), tensor(2.0), "median", ALPHA_CONSTANT, EPS
-    return backends.operators(backend).combine, (*inputs, True, *outputs, arrivals())
+    step = torch.tensor(7, device=DEVICE)
+    return backends.operators(backend).combine, (*inputs, True, *outputs, step, arrivals())
 
 
 def gram_call(backend: str, rng: np.random.Generator) -> Call:

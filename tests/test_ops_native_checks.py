@@ -38,7 +38,8 @@ def arguments(op: str) -> dict[str, Any]:
     if op == "combine":
         inputs = {"ema": zeros(T, P), "sq_norms": zeros(T), "preference": zeros(T)}
         scalars = {"found_inf": flags(), "scale": zeros(), **alpha, "accumulate": False}
-        outputs |= {"alpha_value": zeros(), "out_sq_norm": zeros(), "arrivals": arrivals()}
+        outputs |= {"alpha_value": zeros(), "out_sq_norm": zeros(), "step": zeros(dtype=torch.int64)}
+        outputs |= {"arrivals": arrivals()}
         return {**inputs, **scalars, **outputs}
     if op == "gram":
         return {"ema": zeros(T, P), "out": zeros(T, T), "arrivals": arrivals()}
@@ -128,6 +129,8 @@ CASES = [
     ("combine", {"alpha_value": zeros(0)}, "alpha_value must have one element, got shape (0,)"),
     ("combine", {"preference": zeros(T + 1)}, "preference must have shape (3,), got (4,)"),
     ("combine", {"preference": zeros(T, dtype=torch.bool)}, "preference must be float32, got bool"),
+    ("combine", {"step": zeros(2, dtype=torch.int64)}, "step must have one element, got shape (2,)"),
+    ("combine", {"step": zeros()}, "step must be int64, got float32"),
     ("combine", {"arrivals": zeros()}, "arrivals must be int32, got float32"),
     ("combine", {"out_sq_norm": zeros(dtype=torch.float64)}, "out_sq_norm must be float32, got float64"),
     ("gram", {"ema": zeros(P)}, "ema must have shape (T, P) with T >= 1, got (130,)"),

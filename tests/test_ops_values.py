@@ -173,6 +173,16 @@ def test_combine_zero_rows(
         assert (float(result.alpha) > 0) == (zeros < 5)
 
 
+@pytest.mark.parametrize("P", [0, 129, 70_001])
+@pytest.mark.parametrize("counts", [True, False], ids=["end of a step", "not its end"])
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_combine_counts_steps(
+    backend: str, rng: np.random.Generator, P: int, counts: bool, found_inf: float
+) -> None:
+    """Once, whatever the number of blocks; not where there was something that is not finite."""
+    check_combine(backend, *combine_inputs(rng, 3, P), counts=counts, found_inf=found_inf)
+
+
 def test_combine_norms_of_a_whole_that_ema_is_a_part_of(backend: str, rng: np.random.Generator) -> None:
     """``sq_norms`` are taken as given (ranks all-reduce them first), never computed from ``ema``."""
     ema, sq_norms, out = combine_inputs(rng, 3, 129)

@@ -97,7 +97,7 @@ def combine_launch(
     vectors = meta(T, dtype=dtype), meta(T, dtype=dtype) if preference else None
     inputs = meta(T, P, dtype=state), *vectors, meta(), meta(dtype=dtype), "max", 1.0, 1e-8, accumulate
     written = meta(P, dtype=out), meta(T, dtype=dtype), meta(T, dtype=dtype), meta(dtype=dtype), meta(dtype=dtype)
-    return record(combine, combine.combine, *inputs, *written, meta(dtype=torch.int32))
+    return record(combine, combine.combine, *inputs, *written, meta(dtype=torch.int64), meta(dtype=torch.int32))
 
 
 def gram_launch(record: Any, T: int, state: torch.dtype) -> Launch:

@@ -1,12 +1,13 @@
 """``combine``: squared norms to weights, and the weighted sum of the rows.
 
 Math      w_t = preference_t alpha / (sqrt(sq_norm_t) + eps);   out = scale * sum_t w_t ema[t]   (+ out if accumulate);
-          out_sq_norm = sum_p out[p]^2
+          out_sq_norm = sum_p out[p]^2;   step + 1 unless found_inf
 Traffic   fp32: 4 (T + 1) P bytes; 4P more if accumulate. ``sq_norms``, ``preference`` and the partial sums, one a
           program, come from L2.
 Parallel  one program for BLOCK columns of all rows; rows lie in the registers of one thread, ROWS at a time.
 Sync      every program computes the weights again, while its first rows are on their way; program 0 writes them. An
-          atomic counter: the program that arrives last adds up the partial sums, in the order of their columns.
+          atomic counter: the program that arrives last adds up the partial sums, in the order of their columns, and
+          counts the step.
 Numerics  in the state's compute dtype, no multiply-adds; rows in a fixed order, not the reference's; one rounding to
           out's dtype, after the squares are taken.
 Limits    ema and out must not overlap.
@@ -84,13 +85,13 @@ def _combine_columns(
 @triton.jit(
     do_not_specialize=["T", "P"],
     do_not_specialize_on_alignment=[
-        "sq_norms", "preference", "found_inf", "scale", "norms_out", "weights_out", "alpha_out", "out_sq_norm",
+        "sq_norms", "preference", "found_inf", "scale", "norms_out", "weights_out", "alpha_out", "out_sq_norm", "step",
         "arrivals",
     ],
 )  # fmt: skip
 def combine_kernel(
     ema, ema_stride, T, P, sq_norms, preference, found_inf, scale, alpha_constant: tl.float64, eps: tl.float64, out,
-    norms_out, weights_out, alpha_out, partials, out_sq_norm, arrivals,
+    norms_out, weights_out, alpha_out, partials, out_sq_norm, step, arrivals,
     MODE: tl.constexpr, ACCUMULATE: tl.constexpr, SMALL_T: tl.constexpr, TASKS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
@@ -109,6 +110,8 @@ def combine_kernel(
     tl.store(partials + tl.program_id(0), partial)
     if is_last(arrivals):
         tl.store(out_sq_norm, sum_of_programs(partials, tl.num_programs(0), PARTIALS))
+        if step is not None:
+            tl.store(step, tl.load(step) + (tl.load(found_inf) == 0).to(tl.int64))
 
 
 def combine(
@@ -126,6 +129,7 @@ def combine(
     weights: Tensor,
     alpha_value: Tensor,
     out_sq_norm: Tensor,
+    step: Tensor | None,
     arrivals: Tensor,
 ) -> None:
     device = ema.device
@@ -138,6 +142,8 @@ def combine(
     checks.scalar("found_inf", found_inf, torch.float32, device)
     for name, scalar in {"scale": scale, "alpha_value": alpha_value, "out_sq_norm": out_sq_norm}.items():
         checks.scalar(name, scalar, dtype, device)
+    if step is not None:
+        checks.scalar("step", step, torch.int64, device)
     checks.scalar("arrivals", arrivals, torch.int32, device)
     checks.out(out, P, device)
 
@@ -161,6 +167,7 @@ def combine(
             alpha_value,
             torch.empty(programs, dtype=dtype, device=device),
             out_sq_norm,
+            step,
             arrivals,
             MODE=alpha,
             ACCUMULATE=accumulate,

@@ -1,8 +1,7 @@
 // combine: squared norms to weights, and the weighted sum of the rows.
 //
 // Math      w_t = preference_t alpha / (sqrt(sq_norm_t) + eps);   out = scale * sum_t w_t ema[t]   (+ out if
-// accumulate);
-//           out_sq_norm = sum_p out[p]^2
+//           accumulate);   out_sq_norm = sum_p out[p]^2;   step + 1 unless found_inf
 // Traffic   fp32: 4 (T + 1) P bytes; 4P more if accumulate. bf16: half of it.
 // Parallel  weighted_sum.cpp.
 // Sync      one parallel region.
@@ -29,6 +28,7 @@ void launch_combine(const Combine<State>& args, ParallelFor parallel_for) {
   weighted_sum(args.ema, args.ema_stride, args.T, args.P, scaled.data(), args.accumulate, args.out, args.out_dtype,
                partials.data(), Order::kForwards, parallel_for);
   *args.out_sq_norm = sum_in_order(partials.data(), static_cast<int64_t>(partials.size()));
+  if (args.step != nullptr && *args.found_inf == 0) ++*args.step;
 }
 
 template void launch_combine(const Combine<float>&, ParallelFor);

@@ -1,8 +1,7 @@
 // Squared norms to weights.
 //
 // Math      n_t = sqrt(sq_norm_t);   alpha = max, min, ... of the n that count;   w_t = alpha / (n_t + eps), or 1,
-// times
-//           the preference; or NaN
+//           times the preference; or NaN
 // Traffic   O(T), and O(P / kChunk) for sums of partials.
 // Parallel  one thread.
 // Sync      none.

@@ -1,12 +1,12 @@
 // combine: squared norms to weights, and the weighted sum of the rows.
 //
 // Math      w_t = preference_t alpha / (sqrt(sq_norm_t) + eps);   out = scale * sum_t w_t ema[t]   (+ out if
-//           accumulate);   out_sq_norm = sum_p out[p]^2
+//           accumulate);   out_sq_norm = sum_p out[p]^2;   step + 1 unless found_inf
 // Traffic   fp32: 4 (T + 1) P bytes; 4P more if accumulate.
 // Parallel  a warp per unit of columns, units dealt to the blocks in turn; the first one's rows are on their way while
 //           the block works out the weights.
 // Sync      none but a counter of blocks done: each works out all weights, block 0 writes them down; the last block
-//           sums the blocks' squares and resets the counter.
+//           sums the blocks' squares, counts the step and resets the counter.
 // Numerics  scale multiplies the weights, with one rounding; the rest in weights.cuh and weighted_sum.cuh. A thread's
 //           squares are summed with compensation, the blocks' in their order: bits of out_sq_norm depend on the grid
 //           and on how the rows are aligned, not on the run.
@@ -84,6 +84,7 @@ __global__ __launch_bounds__(kCombineThreads, combine_blocks_per_sm(sizeof(State
   const Real sq_norm = sum_partials<kCombineThreads>(partials, gridDim.x);
   if (threadIdx.x == 0) {
     *args.out_sq_norm = sq_norm;
+    if (args.step != nullptr && *args.found_inf == 0) ++*args.step;
     *arrivals = 0;
   }
 }

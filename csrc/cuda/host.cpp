@@ -92,7 +92,7 @@ void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& gr
 void combine(const Tensor& ema, const Tensor& sq_norms, const std::optional<Tensor>& preference,
              const Tensor& found_inf, const Tensor& scale, StringHandle alpha, double alpha_constant, double eps,
              bool accumulate, const Tensor& out, const Tensor& norms, const Tensor& weights, const Tensor& alpha_value,
-             const Tensor& out_sq_norm, const Tensor& arrivals) {
+             const Tensor& out_sq_norm, const std::optional<Tensor>& step, const Tensor& arrivals) {
   const Alpha mode = parse_alpha(alpha);
   check_matrix(ema, "ema");
   const int64_t T = ema.size(0), P = ema.size(1);
@@ -117,6 +117,7 @@ void combine(const Tensor& ema, const Tensor& sq_norms, const std::optional<Tens
     args.out = out.data_ptr();
     args.alpha_value = checks.scalar<Real>(alpha_value, "alpha_value");
     args.out_sq_norm = checks.scalar<Real>(out_sq_norm, "out_sq_norm");
+    args.step = step ? checks.scalar<int64_t>(*step, "step") : nullptr;
     const DeviceOf device(ema);
     const CombinePlan plan = plan_combine(T, P, sizeof(State), properties_of(device));
     const Workspace workspace(weights, plan.workspace);

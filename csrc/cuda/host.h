@@ -27,7 +27,7 @@ void ema_update_(const Tensor& row, const std::vector<std::optional<Tensor>>& gr
 void combine(const Tensor& ema, const Tensor& sq_norms, const std::optional<Tensor>& preference,
              const Tensor& found_inf, const Tensor& scale, StringHandle alpha, double alpha_constant, double eps,
              bool accumulate, const Tensor& out, const Tensor& norms, const Tensor& weights, const Tensor& alpha_value,
-             const Tensor& out_sq_norm, const Tensor& arrivals);
+             const Tensor& out_sq_norm, const std::optional<Tensor>& step, const Tensor& arrivals);
 
 void gram(const Tensor& ema, const Tensor& out, const Tensor& arrivals);
 

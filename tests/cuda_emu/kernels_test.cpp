@@ -185,6 +185,7 @@ void test_combine(int64_t T, int64_t P, int64_t offset, Alpha alpha, bool accumu
   Real alpha_value, out_sq_norm;
   const float found_inf = 0;
   int32_t arrivals = 0;
+  int64_t step = 7;
   const std::vector<double> before = out.values(), m = ema.values();
   const CombinePlan plan = plan_combine(T, P, sizeof(State), kDevice);
   Array<Real> workspace(plan.workspace);
@@ -200,9 +201,11 @@ void test_combine(int64_t T, int64_t P, int64_t offset, Alpha alpha, bool accumu
                             out.data,
                             kDTypeOf<Real>,
                             &alpha_value,
-                            &out_sq_norm};
+                            &out_sq_norm,
+                            prefers ? &step : nullptr};
   expect(launch_combine(args, plan, workspace.data, &arrivals, nullptr) == cudaSuccess, name + ": launch");
   expect(arrivals == 0, name + ": arrivals");
+  expect(step == (prefers ? 8 : 7), name + ": step");
 
   std::vector<double> norm(T), ordered;
   double mean = 0;
