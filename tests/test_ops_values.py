@@ -176,9 +176,7 @@ def test_combine_zero_rows(
 @pytest.mark.parametrize("P", [0, 129, 70_001])
 @pytest.mark.parametrize("counts", [True, False], ids=["end of a step", "not its end"])
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
-def test_combine_counts_steps(
-    backend: str, rng: np.random.Generator, P: int, counts: bool, found_inf: float
-) -> None:
+def test_combine_counts_steps(backend: str, rng: np.random.Generator, P: int, counts: bool, found_inf: float) -> None:
     """Once, whatever the number of blocks; not where there was something that is not finite."""
     check_combine(backend, *combine_inputs(rng, 3, P), counts=counts, found_inf=found_inf)
 
