@@ -2,8 +2,9 @@
 
 Every figure comes from a new process. Two measures that share no code: tensors, from torch's own record of what its
 allocator handed out (exact, blind to what C++ code allocates by itself), and resident pages (the kernel's high-water
-mark, reset after warm-up; sees everything, fragmentation of the heap included). The bar holds for each. On a GPU: what
-its allocator had handed out.
+mark, reset after warm-up; sees everything, fragmentation of the heap included). Each has its bar: `T P` numbers and one
+bucket in tensors, `(T + 1) P` and some MB in pages. On a GPU, where gradients do not come in buckets: the latter, of
+what its allocator had handed out.
 """
 
 from __future__ import annotations
@@ -74,15 +75,20 @@ def _all(size: Size, options: Options) -> Section:
             measures[name]["gradients in flight"] = in_flight
 
     title = f"memory: {size}"
-    allowed = (size.tasks * size.P + size.P) * ITEM + SLACK
-    over = {"tensors": [measures[OURS]["tensors"] - measures[AFTER]["tensors"]]}
+    name = f"{title}: peak over the bare loop"
+    tensors = [measures[OURS]["tensors"] - measures[AFTER]["tensors"]]
+    state = size.tasks * size.P * ITEM
     if cpu:
-        over["resident pages"] = [own - bare for own, bare in zip(resident[OURS], resident[AFTER], strict=True)]
-    bars = [_bar(f"{title}: peak over the bare loop, {measure}", allowed, values) for measure, values in over.items()]
-    if cpu:
-        most = CPU_BUCKET_BYTES + size.width**2 * ITEM
-        name = f"{title}: gradients in flight, against one bucket and the gradient that fills it"
-        bars.append(_bar(name, most, [measures[OURS]["gradients in flight"]]))
+        bucket = CPU_BUCKET_BYTES + size.width**2 * ITEM
+        pages = [own - bare for own, bare in zip(resident[OURS], resident[AFTER], strict=True)]
+        in_flight_most = f"{title}: gradients in flight, against one bucket and the gradient that fills it"
+        bars = [
+            _bar(f"{name}, tensors, against T*P*4 and such a bucket", state + bucket, tensors),
+            _bar(f"{name}, resident pages", state + size.P * ITEM + SLACK, pages),
+            _bar(in_flight_most, bucket, [measures[OURS]["gradients in flight"]]),
+        ]
+    else:
+        bars = [_bar(f"{name}, tensors", state + size.P * ITEM + SLACK, tensors)]
     notes = [f"P*4 = {size.P * ITEM / MB:.1f} MB, bucket_bytes = {CPU_BUCKET_BYTES / MB:.2f} MB"]
     return _section(title, "memory", size, measures, bars=bars, notes=notes)
 
