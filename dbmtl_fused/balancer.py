@@ -642,6 +642,6 @@ class DBMTL:
         if active is not None:
             self.weights *= active
         for task in self._window.absent():
-            self.weights[task] = 0
+            self.weights[task].zero_()
         self._window = None
         self._step += 1

@@ -100,7 +100,7 @@ class Step:
             self.preference = torch.ones_like(self.norms) if self.preference is None else self.preference.clone()
         for task in tasks:
             assert self.preference is not None
-            self.preference[task] = 0
+            self.preference[task].zero_()  # assigning a number to an element would wait for the device
 
     def rounding_seeds(self) -> tuple[Tensor, ...]:
         """Of each row: no two alike, over all steps."""
@@ -244,8 +244,8 @@ class EmaRows(_Rows):
     def clear(self, task: int | None = None) -> None:
         """Back to zero: one row, or all."""
         rows = slice(None) if task is None else task
-        self.buffer[rows] = 0
-        self.sq_norms[rows] = 0
+        self.buffer[rows].zero_()
+        self.sq_norms[rows].zero_()
 
     def measure(self) -> None:
         """Bring ``sq_norms`` up to date after the buffer was written to: a step in which no task is active."""

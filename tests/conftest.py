@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -81,12 +82,26 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Poisoned memory and a fixed number of threads, whatever the test before left behind."""
+    """Poisoned memory, a fixed number of threads and whole float32 products, whatever the test before left behind."""
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.use_deterministic_algorithms(False)
+    if DEVICE.type == "cuda":
+        _end_worker_if_device_failed()
+
+
+def _end_worker_if_device_failed() -> None:
+    """A process whose kernel has failed can do nothing more on the GPU; pytest-xdist replaces it by a new one."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture

@@ -156,7 +156,8 @@ def test_memory_of_dropped_grads_is_used_again_and_of_kept_ones_is_not(
 
 
 def test_grads_are_views_of_one_flat_buffer_per_dtype(backend: str) -> None:
-    params = [nn.Parameter(torch.ones(n, dtype=dtype)) for n in (3, 300) for dtype in (torch.float32, torch.bfloat16)]
+    kinds = [(n, dtype) for n in (3, 300) for dtype in (torch.float32, torch.bfloat16)]
+    params = [nn.Parameter(torch.ones(n, dtype=dtype, device=DEVICE)) for n, dtype in kinds]
     balancer = DBMTL(params, num_tasks=2, backend=backend)
     balancer.backward([(c * sum(p.float().square().sum() for p in params)).float() for c in (1.0, 2.0)])
     storages = {(p.dtype, p.grad.untyped_storage().data_ptr()) for p in params if p.grad is not None}

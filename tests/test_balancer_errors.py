@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from op_inputs import DEVICE
 from small_models import make_net
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -394,7 +395,7 @@ REACHES_NOTHING = (
 
 @pytest.mark.parametrize("bucket_bytes", [None, 64])
 def test_a_task_that_reaches_no_shared_parameter_is_named(backend: str, bucket_bytes: int | None) -> None:
-    p, q = parameter(2), parameter(2)
+    p, q = (parameter(2, device=DEVICE) for _ in range(2))
     p.grad = torch.full_like(p, 3)
     balancer = DBMTL([p], task_names=["a", "b"], backend=backend, bucket_bytes=bucket_bytes)
     message = REACHES_NOTHING.format("b")
@@ -414,12 +415,12 @@ def test_a_balancer_built_before_weight_norm_is_stale() -> None:
 
 @pytest.mark.parametrize("bucket_bytes", [None, 64])
 def test_sparse_gradients_are_refused_by_name(backend: str, bucket_bytes: int | None) -> None:
-    table = nn.Embedding(5, 3, sparse=True)
+    table = nn.Embedding(5, 3, sparse=True, device=DEVICE)
     table.weight.grad = torch.ones_like(table.weight)
     balancer = DBMTL(table, num_tasks=1, backend=backend, bucket_bytes=bucket_bytes)
     message = "gradient of 'weight' must be dense and real, got a sparse_coo one"
     with grads_unchanged([table.weight]), pytest.raises(TypeError, match=exactly(message)):
-        balancer.backward([table(torch.tensor([1, 2])).square().sum()])
+        balancer.backward([table(torch.tensor([1, 2], device=DEVICE)).square().sum()])
     reason = f"the backward pass of task '0' failed (TypeError: {message})"
     assert_must_be_reset(balancer, [table.weight], [table.weight.square().sum()], reason)
 

@@ -7,6 +7,7 @@ needs none, for torch's own operators check.
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -225,13 +226,33 @@ def test_refused(native_backend: str, op: str, bad: dict[str, Any], message: str
         operator(*(good | bad).values())
 
 
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        (zeros(2, 3, dtype=torch.int64), "chunks must be contiguous, of shape (3, 3), got (2, 3)"),
+        (zeros(3, 3), "chunks must be int64, got float32"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_chunks_are_refused(native_backend: str, chunks: torch.Tensor, message: str) -> None:
+    """By the backends that look at them."""
+    good = arguments("ema_update_") | {"chunks": chunks}
+    operator = backends.operators(native_backend).ema_update_
+    with nullcontext() if native_backend == "cpu" else pytest.raises(RuntimeError, match=re.escape(message)):
+        operator(*good.values())
+
+
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="tensors on two devices need a second device")
 @pytest.mark.parametrize("op", backends.Operators._fields)
 def test_tensors_elsewhere_are_refused(native_backend: str, op: str) -> None:
-    """One tensor in the host's memory among those of the device, or the one whose place that is on the device."""
+    """One tensor in the host's memory among those of the device, or the one whose place that is on the device.
+
+    Where it is the first, which says where the others must be, one of them is named.
+    """
     good = arguments(op)
+    first = next(iter(good))
     for name, value in good.items():
         if isinstance(value, torch.Tensor):
             elsewhere = value.to(DEVICE) if name == "segments" else value.cpu()
-            with pytest.raises(RuntimeError, match=name):
+            with pytest.raises(RuntimeError, match="must be on" if name == first else f"{name} must be on"):
                 getattr(backends.operators(native_backend), op)(*(good | {name: elsewhere}).values())

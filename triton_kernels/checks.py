@@ -77,8 +77,9 @@ def shape(name: str, tensor: Tensor, size: int) -> None:
     _columns_adjacent(name, tensor)
 
 
-def row(name: str, tensor: Tensor) -> None:
+def row(name: str, tensor: Tensor, device: torch.device) -> None:
     """Check a vector whose length is its own business."""
+    _on(name, tensor, device)
     if tensor.dim() != 1:
         raise RuntimeError(f"{name} must have shape ({'P' if name == 'row' else 'C'},), got {tuple(tensor.shape)}")
     _columns_adjacent(name, tensor)
@@ -89,6 +90,13 @@ def segments(tensor: Tensor) -> None:
     dtype("segments", tensor, torch.int64)
     if tensor.dim() != 2 or tensor.shape[1] != 3 or not tensor.is_contiguous():
         raise RuntimeError(f"segments must be contiguous, of shape (S, 3), got {tuple(tensor.shape)}")
+
+
+def chunks(tensor: Tensor, C: int, device: torch.device) -> None:
+    _on("chunks", tensor, device)
+    dtype("chunks", tensor, torch.int64)
+    if tensor.shape != (C, 3) or not tensor.is_contiguous():
+        raise RuntimeError(f"chunks must be contiguous, of shape ({C}, 3), got {tuple(tensor.shape)}")
 
 
 def vector(name: str, tensor: Tensor, size: int, expected: torch.dtype, device: torch.device) -> None:

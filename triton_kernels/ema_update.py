@@ -136,16 +136,17 @@ def ema_update_(
     accumulate: bool,
 ) -> None:
     device, dtype = row.device, checks.state("row", row)
-    checks.row("row", row)
+    checks.row("row", row, device)
     checks.seed("row", row, seed)
     for name, scalar in {"beta": beta, "inv_scale": inv_scale, "sq_norm": sq_norm}.items():
         checks.scalar(name, scalar, dtype, device)
     checks.scalar("found_inf", found_inf, torch.float32, device)
     checks.scalar("arrivals", arrivals, torch.int32, device)
-    checks.row("partials", partials)
+    checks.row("partials", partials, device)
     checks.dtype("partials", partials, dtype)
 
     listed = listed_chunks(slots, segments, row.shape[0], partials.shape[0])
+    checks.chunks(chunks, partials.shape[0], device)
     table = gradient_table(grads, slots, listed, device)
     with on_device(row):
         ema_update_kernel[(max(1, listed.num_chunks),)](

@@ -116,6 +116,8 @@ def gradient_table(grads: Sequence[Tensor | None], slots: Sequence[int], listed:
     dtypes = sum(1 << code for code in set(codes) if code >= 0)
     if capturing:
         return Table(_captured_copy(values, device), dtypes)  # filled by the graph's replays only: not for other calls
+    if device.type == "cuda":
+        _arena()  # for captures to come, which could not allocate it
     table = _tables[key] = Table(values.to(device, non_blocking=True), dtypes)
     if len(_tables) > _KEPT_TABLES:
         _tables.popitem(last=False)
@@ -130,7 +132,7 @@ _arena_used = 0
 def _arena() -> Tensor:
     """Pinned host memory that graphs copy their tables from at every replay; never used twice.
 
-    Allocated by the first step outside of a capture, in which it could not be.
+    Allocated by the first call outside of a capture.
     """
     return torch.empty(_ARENA_NUMBERS, dtype=torch.int64, pin_memory=True)
 

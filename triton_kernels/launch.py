@@ -44,6 +44,8 @@ def target() -> str:
 _GRAPH_BARRIERS = 4096
 _barriers: dict[tuple[torch.device, int], Tensor] = {}
 _graph_barriers: dict[torch.device, list[Tensor]] = {}
+_supplies: list[Tensor] = []
+"""What graphs read and write must not die with its last view."""
 
 
 def barrier_words(device: torch.device) -> Tensor:
@@ -58,6 +60,7 @@ def barrier_words(device: torch.device) -> Tensor:
     key = (device, triton.runtime.driver.active.get_current_stream(device.index))
     if key not in _barriers:
         if device not in _graph_barriers:
-            _graph_barriers[device] = list(torch.zeros(_GRAPH_BARRIERS, 2, dtype=torch.int32, device=device))
+            _supplies.append(torch.zeros(_GRAPH_BARRIERS, 2, dtype=torch.int32, device=device))
+            _graph_barriers[device] = list(_supplies[-1])
         _barriers[key] = torch.zeros(2, dtype=torch.int32, device=device)
     return _barriers[key]
