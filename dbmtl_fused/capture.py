@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
@@ -60,13 +61,17 @@ class BucketCapture:
     """Takes gradients on their way into ``.grad``, bucket by bucket: at most one bucket of them is alive.
 
     A prehook on each leaf's AccumulateGrad node returns None in the gradient's place, so that ``.grad`` stays as it
-    is. The hooks live as long as the context.
+    is. The hooks live as long as the context. On a GPU they run on the stream of their node; calls of the sink share
+    scratch memory, so that within a task there must be one.
 
     :param bucket_bytes: The sink is called as soon as this many bytes of gradients are pending.
+    :raises RuntimeError: In a backward pass, if gradients come on several streams.
     """
 
     def __init__(self, layout: FlatLayout, params: Sequence[Tensor], sink: Sink, bucket_bytes: int) -> None:
         self._layout, self._params, self._sink, self._bucket_bytes = layout, params, sink, bucket_bytes
+        self._on_gpu = layout.device.type != "cpu"
+        self._stream: torch.Stream | None = None  # of the current task
         self._reached: set[int] = set()
         self._reset_bucket()
 
@@ -91,6 +96,8 @@ class BucketCapture:
     def _on_grad(self, index: int, grads: tuple[Tensor | None, ...]) -> tuple[None]:
         (grad,) = grads
         if grad is not None:
+            if self._on_gpu:
+                self._check_stream(index)
             grad = self._layout.as_columns(index, grad)
             if index in self._reached:
                 self._flush()
@@ -104,6 +111,16 @@ class BucketCapture:
                     self._flush()
         return (None,)
 
+    def _check_stream(self, index: int) -> None:
+        stream = torch.accelerator.current_stream()
+        if self._stream is None:
+            self._stream = stream
+        if stream != self._stream:
+            raise RuntimeError(
+                f"bucket_bytes must be None where parameters were used on several streams: the gradient of "
+                f"{self._layout.slots[index].name!r} came on {stream}, others of its task on {self._stream}"
+            )
+
     def _flush(self) -> None:
         if self._slots:
             self._sink(self._slots, self._grads, accumulate=False)
@@ -111,7 +128,7 @@ class BucketCapture:
 
     def finish_task(self) -> set[int]:
         """End the current task: hand over what is pending and return the slots it reached."""
-        reached, self._reached = self._reached, set()
+        reached, self._reached, self._stream = self._reached, set(), None
         if reached:
             missing = [i for i in range(len(self._params)) if i not in reached]
             self._slots += missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dbmtl_fused import DBMTL
+from dbmtl_fused.capture import BucketCapture
+from dbmtl_fused.layout import FlatLayout
 
 Rng = np.random.Generator
 BUCKETS = {"from .grad": None, "tiny buckets": 64, "default": "auto"}
@@ -345,3 +348,24 @@ def test_same_bits_whatever_the_capture(backend: str, rng: Rng) -> None:
             assert torch.equal(balancer.norms, balancers[0].norms)
             for p, q in zip(nets[0].parameters(), net.parameters(), strict=True):
                 assert torch.equal(p.grad, q.grad)
+
+
+def test_buckets_of_several_streams_are_refused(rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where hooks run on streams of their own. Another task may come on another: that waits for the first."""
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    layout = FlatLayout(list(net.named_parameters()))
+    streams = iter(["a", "a", "b", "b", "a", "b"])
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: next(streams))
+    capture = BucketCapture(layout, list(net.parameters()), lambda *args, **options: None, 1)
+    capture._on_gpu = True
+    x = torch.from_numpy(rng.standard_normal((2, 4))).float()
+    with capture:
+        for _ in range(2):
+            net(x).sum().backward()
+            assert capture.finish_task() == {0, 1}
+        expected = (
+            "bucket_bytes must be None where parameters were used on several streams: the gradient of '0.weight' came "
+            "on b, others of its task on a"
+        )
+        with pytest.raises(RuntimeError, match=rf"^{re.escape(expected)}$"):
+            net(x).sum().backward()

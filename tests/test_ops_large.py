@@ -49,6 +49,14 @@ def available_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
+@pytest.fixture(autouse=True)
+def _give_memory_back() -> Iterator[None]:
+    """To the other processes that test on the same GPU."""
+    yield
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def parts() -> Iterator[slice]:
     return (slice(start, min(start + PART, BEYOND)) for start in range(0, BEYOND, PART))
 
@@ -87,13 +95,16 @@ def test_balance_rows_far_apart(backend: str, rng: np.random.Generator, P: int) 
     check_balance(backend, ema, grads, 0.75)
 
 
-def test_combine_rows_far_apart(backend: str, rng: np.random.Generator) -> None:
-    stride = BEYOND // 2
-    ema = (
-        untouched(2 * stride + 5000, torch.float32)
-        .as_strided((3, 5000), (stride, 1))
-        .copy_(tensor(random_rows(rng, 3, 5000)))
-    )
+@pytest.mark.parametrize(
+    ("T", "stride", "dtype"),
+    [(3, BEYOND // 2, torch.float32), (17, 2**29 + 256, torch.bfloat16)],  # the latter: more rows than are read at once
+    ids=["T=3", "T=17"],
+)
+def test_combine_rows_far_apart(
+    backend: str, rng: np.random.Generator, T: int, stride: int, dtype: torch.dtype
+) -> None:
+    ema = untouched((T - 1) * stride + 5000, dtype).as_strided((T, 5000), (stride, 1))
+    ema.copy_(tensor(random_rows(rng, T, 5000)))
     check_combine(backend, ema, tensor(np.square(array(ema)).sum(axis=1)), torch.empty(5000, device=DEVICE))
 
 

@@ -45,6 +45,12 @@ def _add_rows(total, tile, tasks, T, sq_norms, preference, factor, alpha, eps, f
 
 
 @triton.jit
+def _load_rows(ema, ema_stride, rows, T, columns, P, WHOLE: tl.constexpr):
+    pointers = ema + rows[:, None].to(tl.int64) * ema_stride + columns[None, :]
+    return load_tile(pointers, rows[:, None] < T, columns[None, :], P, WHOLE)
+
+
+@triton.jit
 def _combine_columns(
     ema, ema_stride, T, P, sq_norms, preference, found_inf, scale, alpha_constant, eps, out, norms_out, weights_out,
     alpha_out, start, MODE: tl.constexpr, ACCUMULATE: tl.constexpr, TASKS: tl.constexpr, ROWS: tl.constexpr,
@@ -53,8 +59,7 @@ def _combine_columns(
     """Returns the squared norm of what goes to ``out``."""
     columns = start + tl.arange(0, BLOCK)
     rows = tl.arange(0, ROWS)
-    pointers = ema + rows[:, None].to(tl.int64) * ema_stride + columns[None, :]
-    tile = load_tile(pointers, rows[:, None] < T, columns[None, :], P, WHOLE)
+    tile = _load_rows(ema, ema_stride, rows, T, columns, P, WHOLE)
     if ACCUMULATE:
         total = load_columns(out + columns, columns, P, WHOLE).to(scale.dtype.element_ty)
     else:
@@ -74,8 +79,7 @@ def _combine_columns(
     factor = tl.load(scale)
     total = _add_rows(total, tile, rows, T, sq_norms, preference, factor, alpha, eps, flag, MODE)
     for first in range(ROWS, T, ROWS):
-        pointers += ROWS * ema_stride
-        tile = load_tile(pointers, first + rows[:, None] < T, columns[None, :], P, WHOLE)
+        tile = _load_rows(ema, ema_stride, first + rows, T, columns, P, WHOLE)
         total = _add_rows(total, tile, first + rows, T, sq_norms, preference, factor, alpha, eps, flag, MODE)
     store_columns(out + columns, convert_out(total, out.dtype.element_ty), columns, P, WHOLE)
     squares = total * total

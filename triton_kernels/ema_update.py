@@ -147,8 +147,8 @@ def ema_update_(
 
     listed = listed_chunks(slots, segments, row.shape[0], partials.shape[0])
     checks.chunks(chunks, partials.shape[0], device)
-    table = gradient_table(grads, slots, listed, device)
     with on_device(row):
+        table = gradient_table(grads, slots, listed, device)
         ema_update_kernel[(max(1, listed.num_chunks),)](
             row,
             table.values,

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dbmtl_fused._ops import CHUNK, GRAD_DTYPES
 from dbmtl_fused.triton_kernels import checks
-from dbmtl_fused.triton_kernels.launch import is_capturing
+from dbmtl_fused.triton_kernels.launch import current_stream, is_capturing
 
 SKIPPED = tl.constexpr(-1)
 ABSENT = tl.constexpr(-2)
@@ -103,7 +103,7 @@ def gradient_table(grads: Sequence[Tensor | None], slots: Sequence[int], listed:
             addresses.append(grad.data_ptr() - start * grad.itemsize)
             codes.append(_CODES[grad.dtype])
     capturing = is_capturing(device)
-    key = (device, tuple(slots), tuple(addresses), tuple(codes))
+    key = (device, current_stream(device), tuple(slots), tuple(addresses), tuple(codes))
     if table := _tables.get(key):
         _tables.move_to_end(key)
         if capturing:

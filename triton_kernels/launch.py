@@ -23,6 +23,11 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     return torch.accelerator.device_index(index)
 
 
+def current_stream(device: torch.device) -> int:
+    """The stream of launches on ``device``, the current one: memory that one has filled is not ready for another."""
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether launches are being recorded into a graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -57,7 +62,7 @@ def barrier_words(device: torch.device) -> Tensor:
     if is_capturing(device):
         supply = _graph_barriers.get(device)
         return supply.pop() if supply else torch.zeros(2, dtype=torch.int32, device=device)
-    key = (device, triton.runtime.driver.active.get_current_stream(device.index))
+    key = (device, current_stream(device))
     if key not in _barriers:
         if device not in _graph_barriers:
             _supplies.append(torch.zeros(_GRAPH_BARRIERS, 2, dtype=torch.int32, device=device))
