@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.bandwidth import ITEM, LARGEST
-from benchmarks.comparators import EPS
+from benchmarks.comparators import EPS, FOREACH, libmtl_sum
 from benchmarks.shapes import Shape
 from benchmarks.step_base import weights_of
-from benchmarks.steps import foreach_sum
+from benchmarks.steps import OURS, foreach_sum
 from dbmtl_fused import DBMTL
 
 
@@ -81,10 +81,7 @@ class LibMTLShipped(Candidate):
         for t, grads in enumerate(self.lists.grads):
             matrix[t] = self._vector(grads)
         self.ema = matrix + self.beta * (self.ema - matrix)
-        norms = self.ema.norm(dim=-1)
-        weights = norms.max() / (norms + EPS)
-        total = sum((weights[t] * self.ema[t] for t in range(self.lists.T)), start=torch.zeros(()))
-        self.lists.write([part.clone() for part in self.lists.views(total)])
+        self.lists.write([part.clone() for part in self.lists.views(libmtl_sum(self.ema))])
 
     def _vector(self, grads: Sequence[Tensor]) -> Tensor:
         vector = torch.zeros(self.lists.P)
@@ -155,10 +152,10 @@ class Balancer(Candidate):
         self.balancer.backward(losses)
 
 
-OURS, SHIPPED, TIGHT = "DBMTL", "LibMTL as it ships", "torch ops, flatten"
+SHIPPED, TIGHT = "LibMTL as it ships", "torch ops, flatten"
 KINDS: dict[str, type[Candidate]] = {
     SHIPPED: LibMTLShipped,
-    "torch._foreach": Foreach,
+    FOREACH: Foreach,
     TIGHT: TightFlatten,
     OURS: Balancer,
 }

@@ -198,16 +198,16 @@ def _git(*arguments: str) -> str | None:
 
 
 def main() -> int:
-    """Write ``docs/benchmarks.md``, its figures and the README's tables, all from the results that are committed."""
+    """Write ``docs/benchmarks.md``, the tables of ``docs/results.md`` and of the README, and all figures, from the
+    results that are committed."""
     from benchmarks import figures, pages, results  # which need this module
 
-    runs = results.load()
-    for path, text in pages.written(runs, (ROOT / "README.md").read_text()).items():
+    runs, studies = results.load(), results.studies()
+    for path, text in pages.written(ROOT, runs, studies).items():
         (ROOT / path).write_text(text)
         print(f"wrote {path}")
-    for run in runs:
-        for drawn in figures.draw(figures.of_run(run), ROOT / "docs" / "figures"):
-            print(f"wrote {drawn.relative_to(ROOT)}")
+    for drawn in figures.draw(figures.of_all(runs, studies), ROOT / "docs" / "figures"):
+        print(f"wrote {drawn.relative_to(ROOT)}")
     return 0
 
 

@@ -2,11 +2,13 @@
 
 What a training step costs depends on the state of malloc's heap: which block lies on top decides whether a freed
 gradient goes back to the system, to come again page by page. In one process every subject would run on the heap the
-others left; here each has its own, as in training, and they still take turns.
+others left; here each has its own, as in training, and they still take turns. Or the heap is given a state that costs
+nothing: :func:`keep_memory`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import threading
@@ -17,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 _NEW = multiprocessing.get_context("spawn")
 # A server that imports torch once and never computes: its children start fast, but all with the same heap.
@@ -26,6 +28,12 @@ _FORKED.set_forkserver_preload(["torch"])
 
 PAUSE = 0.02
 """Seconds between turns of two processes, in which the OpenMP threads of the first stop spinning (5 ms as measured)."""
+
+SETTLING_CALLS = 16
+"""After which what allocates finds all it needs in a heap that keeps memory. At first slivers beside each aligned block
+stay in malloc's cache of small blocks, up to seven of a size, and the hole without them is too small for the next."""
+
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # malloc.h
 
 
 class Worker:
@@ -44,7 +52,7 @@ class Worker:
         """Until the subject is built."""
         self._built.result()
 
-    def call(self, function: Callable[..., T], *args: Any) -> T:
+    def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """``function(subject, *args)`` in the process; a module-level function, whose exceptions are raised here."""
         self.wait()
         return self._pool.submit(_apply, function, args).result()
@@ -67,7 +75,7 @@ class Here:
     def wait(self) -> None:
         """Nothing to wait for."""
 
-    def call(self, function: Callable[..., T], *args: Any) -> T:
+    def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """``function(subject, *args)``."""
         return function(self._subject, *args)
 
@@ -76,6 +84,25 @@ class Here:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def can_keep_memory() -> bool:
+    """Whether :func:`keep_memory` works here: with glibc."""
+    return hasattr(ctypes.CDLL(None), "mallopt")
+
+
+def keep_memory() -> None:
+    """Let malloc keep what it gets from now on, in this process and for good.
+
+    By default it maps a block of more than 32 MB anew every time, page by page as it is written, unless something
+    freed earlier left a hole as large. So what a call that allocates costs would depend on what ran before. Here it
+    settles after :data:`SETTLING_CALLS`.
+    """
+    mallopt = ctypes.CDLL(None).mallopt
+    # No block by mmap, and the heap never shrinks.
+    for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
+        if mallopt(parameter, value) != 1:
+            raise RuntimeError(f"mallopt({parameter}, {value}) failed")
 
 
 _subject: Any = None
@@ -96,5 +123,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _apply(function: Callable[..., T], args: tuple[Any, ...]) -> T:
+def _apply(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
     return function(_subject, *args)

@@ -20,15 +20,27 @@ from dbmtl_fused import oracle
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bandwidth, bench_memory, comparators, plan, run, steps, timing
+from benchmarks import (
+    bandwidth,
+    bench_lists,
+    bench_memory,
+    bench_ops,
+    comparators,
+    list_comparators,
+    plan,
+    run,
+    steps,
+    timing,
+)
 from benchmarks.models import MultiTaskMLP, Size
 from benchmarks.report import Section
 from benchmarks.timing import Bar, Quartiles, Sample
-from benchmarks.workers import Worker
+from benchmarks.workers import SETTLING_CALLS, Worker, can_keep_memory, keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Size(depth=2, width=16, tasks=3, batch=4)
 BETA = 0.7
+MEASURED = plan.Options(torch.device("cpu"), rounds=2, quick=False, threads=1, compiled=False, data=None)
 
 
 @pytest.mark.parametrize("name", comparators.factories())
@@ -83,6 +95,42 @@ def test_a_comparator_with_another_answer_is_refused(wrong: type[_Wrong]) -> Non
         comparators.check("some name", wrong(ema, grads, BETA), comparators.exact(ema, grads, BETA))
 
 
+class _SubtlyWrong(comparators.TightEager):
+    """Weights off by a per mille of what they are more than 1: less than is allowed for rounding at large sizes."""
+
+    def __call__(self) -> Tensor:
+        out = super().__call__()
+        return out.add_(self.ema.sum(0), alpha=-1e-3)
+
+
+def test_what_rounding_would_hide_at_the_size_that_is_timed_is_refused_at_a_small_one() -> None:
+    ema, grads = comparators.inputs(3, 100)
+    wrong, expected = _SubtlyWrong(ema, grads, BETA), comparators.exact(ema, grads, BETA)
+    assert comparators.check(comparators.TIGHT, wrong, expected, comparators.rtol(comparators.TIGHT)) > comparators.RTOL
+    for name in (comparators.TIGHT, comparators.kept(comparators.LIBMTL)):
+        with pytest.raises(AssertionError, match=r"differs from float64 by .*, more than 1e-04$"):
+            bench_ops._build(3, 100, bench_ops._Group({name: _SubtlyWrong}), torch.device("cpu"))
+
+
+def test_only_torchs_own_operators_are_allowed_more() -> None:
+    allowed = {name: comparators.rtol(name) for name in comparators.factories(compiled=True)}
+    more = {comparators.LIBMTL, comparators.TIGHT, comparators.FOREACH}
+    assert {name for name, rtol in allowed.items() if rtol != comparators.RTOL} == more
+
+
+def test_a_way_from_lists_that_is_subtly_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(list_comparators.TightFlatten):
+        def __call__(self) -> None:
+            super().__call__()
+            self.out.mul_(1 + 1e-3)
+
+    monkeypatch.setitem(list_comparators.KINDS, "wrong", Wrong)
+    params = bench_lists.QUICK["two layers"]
+    assert bench_lists._checked(params, ["wrong"], comparators.LARGE_RTOL)[1]["wrong"] > comparators.RTOL
+    with pytest.raises(AssertionError, match=r"^wrong differs from float64 by .*, more than 1e-04$"):
+        bench_lists._build(params, ["wrong"])
+
+
 def test_comparators_share_no_memory() -> None:
     ema, grads = comparators.inputs(2, 10)
     built = [build(ema, grads, BETA) for build in comparators.factories().values()]
@@ -104,6 +152,28 @@ def test_a_way_with_other_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(steps.BALANCED, "halved", Halved)
     with pytest.raises(AssertionError, match=r"^gradients of 'halved' differ from float64"):
         steps.check(TINY)
+
+
+def test_a_way_with_subtly_other_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(steps.TorchFlatten):
+        def backward(self, losses: list[Tensor]) -> None:
+            super().backward(losses)
+            for p in self.model.shared():
+                assert p.grad is not None
+                p.grad.mul_(1 + 1e-3)
+
+    monkeypatch.setitem(steps.BALANCED, "wrong", Wrong)
+    with pytest.raises(AssertionError, match=r"^gradients of 'wrong' .*, more than 1e-04$"):
+        steps.check(TINY)
+
+
+def test_every_way_that_is_measured_on_a_gpu_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    measured, ways = steps.subjects(cuda), steps.balanced(cuda)
+    assert measured.keys() - ways.keys() == {**steps.PARTS, **steps.FLOORS, **steps.OTHERS}.keys()
+    assert steps.LibMTLOnDevice in ways.values()
+    monkeypatch.setattr(steps, "balanced", lambda device: ways)
+    assert steps.check(TINY).keys() == ways.keys()
 
 
 def test_a_floor_that_keeps_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +355,68 @@ def test_a_subject_lives_in_a_process_of_its_own() -> None:
         assert worker.call(_State.add, 4) == 11
         with pytest.raises(ValueError, match=r"^no more$"):
             worker.call(_State.fail)
+
+
+@pytest.mark.skipif(not can_keep_memory(), reason="malloc is not glibc's")
+def test_where_malloc_keeps_memory_no_page_comes_from_the_system_twice() -> None:
+    pages = _Allocating.BYTES // 4096
+    with Worker(1, _Allocating, forked=True) as worker:
+        assert worker.call(_Allocating.page_faults) >= 0.9 * pages
+        worker.call(_Allocating.keep)
+        assert worker.call(_Allocating.page_faults) <= 0.01 * pages
+
+
+class _Allocating:
+    """Writes to a block larger than any that malloc keeps by default."""
+
+    BYTES = 40_000_000
+
+    def __call__(self) -> None:
+        torch.empty(self.BYTES, dtype=torch.uint8).zero_()
+
+    def keep(self) -> None:
+        keep_memory()
+        for _ in range(SETTLING_CALLS):
+            self()
+
+    def page_faults(self) -> float:
+        return timing.sample(self, calls=3).page_faults
+
+
+@pytest.mark.skipif(not can_keep_memory(), reason="malloc is not glibc's")
+def test_what_allocates_is_measured_in_both_states_of_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    T, P = 2, 4_500_000  # a matrix of 36 MB
+    # Its thousands of blocks would take most of this test's time.
+    kinds = {name: kind for name, kind in comparators.factories().items() if name != "dbmtl_fused reference"}
+    monkeypatch.setattr(comparators, "factories", lambda **_: kinds)
+    section = bench_ops._shape("title", T, P, [comparators.LIBMTL], MEASURED)
+    again = [comparators.kept(name) for name in comparators.ALLOCATING]
+    assert list(section.samples) == [bench_ops.COPY, *kinds, *again]
+    faults = {name: min(sample.page_faults for sample in of) for name, of in section.samples.items()}
+    pages = T * P * 4 / 4096
+    assert faults[comparators.LIBMTL] > pages
+    assert faults[comparators.kept(comparators.LIBMTL)] < 0.01 * pages
+    assert section.checks["errors"].keys() == {*kinds, *again}
+    (bar,) = section.bars
+    assert bar.name == f"title: {comparators.LIBMTL} / {section.ratio_to}"
+
+    grown = bench_ops._growth("title", "P", T, P, MEASURED)
+    assert grown.facts == {"T": T, "P": P, "series": "P", "malloc": "kept"}
+    assert min(sample.page_faults for sample in grown.samples[comparators.LIBMTL]) < 0.01 * pages
+
+
+def test_where_malloc_cannot_be_told_to_keep_memory_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_ops, "can_keep_memory", lambda: False)
+    section = bench_ops._shape("title", 2, 1_000, [], MEASURED)
+    assert f"left out: {comparators.kept(comparators.LIBMTL)} (malloc is not glibc's)" in section.notes
+    assert comparators.kept(comparators.LIBMTL) not in section.samples
+    assert bench_ops._growth("title", "P", 2, 1_000, MEASURED).facts["malloc"] == "default"
+
+
+def test_a_table_of_lists_is_measured_in_a_process_of_its_own() -> None:
+    section = bench_lists._model("title", "few", bench_lists.QUICK["two layers"], MEASURED)
+    assert list(section.samples) == [bench_lists.COPY, *list_comparators.KINDS]
+    assert section.checks["errors"].keys() == list_comparators.KINDS.keys()
 
 
 class _State:
