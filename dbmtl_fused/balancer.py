@@ -65,8 +65,8 @@ class DBMTL:
     :param drop_ema_below: Free the buffer once ``β_k`` is below this: late in a training, each step's gradients speak
         for themselves, as with ``beta=0``. None: never.
     :param bucket_bytes: None gathers gradients from ``.grad`` after each task's backward pass; ``n`` takes them on
-        their way there, in buckets of at least ``n`` bytes, of which one is alive at a time. ``"auto"``: 1 MiB on
-        CPUs, else None.
+        their way there, in buckets of at least ``n`` bytes, of which one is alive at a time; on a GPU that takes shared
+        parameters that are all used on one stream. ``"auto"``: 1 MiB on CPUs, else None.
     :param backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``. See ``python -m dbmtl_fused
         info``.
     :raises TypeError: If an argument or a shared parameter is of a kind that is not supported.
