@@ -3,7 +3,7 @@
 #   make test    the test suite, and once more what concerns Triton in its interpreter
 #   make lint    formatting, lint, types
 #   make bench   measure against what people would use instead
-#   make gpu     everything a machine with a GPU can show, into OUT=folder; installs nothing, takes the active python3
+#   make gpu     what a machine with a GPU can show, into OUT=folder; installs nothing, takes the active python3
 # TORCH='torch==2.13.0' chooses another torch than the newest.
 
 PYTHON3 ?= python3
@@ -39,7 +39,7 @@ bench: $(VENV)/.dbmtl_fused-bench
 	$(PYTHON) -m dbmtl_fused bench $(ARGS)
 
 gpu:
-	$(PYTHON3) -m benchmarks.gpu --out $(or $(OUT),benchmarks/results/gpu) $(ARGS)
+	$(PYTHON3) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) $(ARGS)
 
 lint: $(VENV)/.dbmtl_fused-dev
 	$(VENV)/bin/ruff format --check .

@@ -1,4 +1,4 @@
-"""The machine's copy bandwidth, the yardstick for what only moves memory."""
+"""The machine's copy bandwidth, the yardstick for what only moves memory, and the bytes that must be moved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Copy:
 
     def __init__(self, total_bytes: int, device: str | torch.device = "cpu") -> None:
         self.times = -(-total_bytes // LARGEST)
-        self.source = torch.zeros(total_bytes // (2 * ITEM * self.times), device=device)
+        # Random, as gradients are: zeros cost some memories less.
+        self.source = torch.rand(total_bytes // (2 * ITEM * self.times), device=device)
         self.target = torch.empty_like(self.source)
 
     def __call__(self) -> None:
@@ -24,6 +25,23 @@ class Copy:
             self.target.copy_(self.source)
 
 
+def byte_model(operator: str, T: int, P: int, state: int = ITEM, grad: int = ITEM) -> tuple[int, int]:
+    """The least that an operator reads and writes, ``balance_`` in two phases; of ``ema_update_`` a row of ``P``.
+
+    :param state: Bytes of an entry of the state.
+    :param grad: The same of gradients and of the weighted sum.
+    """
+    if operator == "begin_step":  # losses, scale and step; seeds, betas, inv_scale and found_inf
+        return (T + 1) * grad + 8, (2 * T + 2) * grad
+    read, written = {
+        "balance_": (T * (2 * state + grad), T * state + grad),  # state and gradients, the state again; state, sum
+        "ema_update_": (state + grad, state),
+        "combine": (T * state, grad),
+        "gram": (T * state, 0),
+    }[operator]
+    return P * read, P * written
+
+
 def fused_bytes(T: int, P: int) -> int:
-    """Bytes that must be read and written: ``4 T + 1`` vectors of ``P`` (the EMA twice, as it leaves the caches)."""
-    return (4 * T + 1) * P * ITEM
+    """Bytes of ``balance_`` in float32: ``4 T + 1`` vectors of ``P`` (the EMA twice, as it leaves the caches)."""
+    return sum(byte_model("balance_", T, P))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from benchmarks.graph_timing import Calls, buffer_sets, graph_timer
 from benchmarks.plan import Options, Table, free_bytes, require_memory
 from benchmarks.report import Section
 from benchmarks.timing import Bar, Sample, Samples, calls_lasting, interleave, per_round, sample
-from benchmarks.workers import PAUSE, SETTLING_CALLS, Here, Worker, can_keep_memory, keep_memory
+from benchmarks.workers import PAUSE, SETTLING_CALLS, Here, Worker, can_keep_memory, keep_memory, leaving_no_holes
 
 SHAPES = ((3, 11_200_000), (11, 2_000_000), (3, 100_000))
 QUICK_SHAPES = ((3, 10_000), (2, 1_000))
@@ -149,15 +149,10 @@ class Ready:
         return self.takers[name]()
 
 
-def _build(T: int, P: int, group: _Group, device: torch.device) -> Ready:
-    comparators.check_small(group.kinds, T, BETA, device)
-    ema, grads = comparators.inputs(T, P, device=device)
+def _build(T: int, P: int, group: _Group, device: torch.device, here: bool) -> Ready:
+    with nullcontext() if here else leaving_no_holes():
+        built, errors = _checked(T, P, group, device)
     sets = range(_sets(T, P, device))
-    built = {name: [build(ema, grads, BETA) for _ in sets] for name, build in group.kinds.items()}
-    expected = comparators.exact(ema, grads, BETA)
-    del ema, grads
-    errors = {name: comparators.check(name, of[0], expected, comparators.rtol(name)) for name, of in built.items()}
-    del expected
     functions: dict[str, Calls] = {**built}
     if group.copied:
         functions = {COPY: [Copy(fused_bytes(T, P), device) for _ in sets], **built}
@@ -169,6 +164,17 @@ def _build(T: int, P: int, group: _Group, device: torch.device) -> Ready:
     if device.type == "cuda":
         return Ready({name: graph_timer(of, device) for name, of in functions.items()}, errors)
     return Ready.by_clock({name: function for name, (function,) in functions.items()}, errors)
+
+
+def _checked(T: int, P: int, group: _Group, device: torch.device) -> tuple[dict[str, list[OneShot]], dict[str, float]]:
+    comparators.check_small(group.kinds, T, BETA, device)
+    ema, grads = comparators.inputs(T, P, device=device)
+    sets = range(_sets(T, P, device))
+    built = {name: [build(ema, grads, BETA) for _ in sets] for name, build in group.kinds.items()}
+    expected = comparators.exact(ema, grads, BETA)
+    del ema, grads
+    errors = {name: comparators.check(name, of[0], expected, comparators.rtol(name)) for name, of in built.items()}
+    return built, errors
 
 
 class _Measured(NamedTuple):
@@ -209,7 +215,7 @@ def _measure(title: str, T: int, P: int, groups: Sequence[_Group], rounds: int, 
     takers: dict[str, Callable[[], Sample]] = {}
     with ExitStack() as stack:
         for group in groups:
-            arguments = (_build, T, P, group, options.device)
+            arguments = (_build, T, P, group, options.device, here)
             worker = Here(*arguments) if here else Worker(options.threads, *arguments, forked=True)
             stack.enter_context(worker)
             # Waits until all is built: nothing else may run while calls are counted.

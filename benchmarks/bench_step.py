@@ -14,20 +14,21 @@ than balancing adds: they share one, which is replaced likewise.
 from __future__ import annotations
 
 import functools
+import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import steps, torchjd_steps
-from benchmarks.bandwidth import Copy, fused_bytes
+from benchmarks import qm9_folder, steps, torchjd_steps
+from benchmarks.bandwidth import ITEM, LARGEST, Copy, fused_bytes
 from benchmarks.graph_timing import synchronize
 from benchmarks.models import Problem, Size
 from benchmarks.molecule_model import GEOMETRY, TARGETS, Molecules
-from benchmarks.plan import LeftOut, Options, Table
+from benchmarks.plan import LeftOut, Options, Table, free_bytes, require_memory
 from benchmarks.report import Section
 from benchmarks.steps import AFTER, FORWARD, IN_HOOK, ONE_BACKWARD, OURS
 from benchmarks.timing import Bar, Sample, Samples, calls_lasting, interleave, per_round, sample
@@ -43,8 +44,8 @@ LAUNCHES = {"cpu": 0.0, "cuda": 10e-6}
 
 ROUNDS_PER_PROCESS = 5
 SAMPLE_SECONDS = 0.2
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "qm9"
-"""Where QM9 is looked for unless ``--data`` says."""
+GREEDIEST = ("LibMTL", "TorchJD")
+"""How the names begin of those that hold several matrices at once: where memory is short, they give way in turn."""
 
 
 class Case(NamedTuple):
@@ -65,7 +66,7 @@ class Case(NamedTuple):
 
 def cases(options: Options) -> Iterator[Case]:
     """The MLP first: the bars are about it."""
-    data = options.data or DATA
+    data = options.data or qm9_folder.folder()
     if options.quick:
         yield Case(QUICK_SIZE, QUICK_SIZE, options.rounds, together=False)
         molecules = Molecules(data, 2, width=8, rounds=1)
@@ -100,7 +101,13 @@ def _case(case: Case, options: Options) -> Section:
         require_qm9(problem.data)
     refused: dict[str, str] = {}
     errors = steps.check(case.checked, device=device, refused=refused)
+    if device.type == "cuda":  # what the check took is for the processes that are timed
+        gc.collect()
+        torch.cuda.empty_cache()
     subjects = steps.without(refused, steps.subjects(device))
+    too_large = _too_large(subjects, problem, device)
+    subjects = steps.without(dict.fromkeys(too_large, ""), subjects)
+    require_memory(_bytes(subjects, problem), device)
     moved = fused_bytes(problem.tasks, problem.P)
     title = f"step: {problem}"
     samples: Samples = {}
@@ -112,6 +119,7 @@ def _case(case: Case, options: Options) -> Section:
         samples = {name: samples.get(name, []) + taken for name, taken in part.items()}
 
     notes = [f"left out, as it failed: {name} ({why})" for name, why in refused.items()]
+    notes += [f"left out for want of memory: {name}" for name in too_large]
     if isinstance(problem, Vision) and problem.kind == "office" and torchjd_steps.WHY_NOT is None:
         notes.append(
             "TorchJD differentiates all features for each row of the Jacobian, so that every task's graph is gone "
@@ -145,6 +153,26 @@ def _bars(title: str, samples: Samples, problem: Problem, device: str) -> Iterat
     if device == "cpu":
         ratios = per_round(lambda own, floor: own / floor, samples, OURS, AFTER)
         yield Bar(f"{title}: whole step / loop with {AFTER!r}", 1.0, False, ratios)
+
+
+def _too_large(kinds: Iterable[str], problem: Problem, device: torch.device) -> list[str]:
+    """Those of ``kinds`` that give way for the others to fit."""
+    left, found = list(kinds), []
+    for start in GREEDIEST:
+        if _bytes(left, problem) > free_bytes(device):
+            found += [name for name in left if name.startswith(start)]
+            left = [name for name in left if name not in found]
+    return found
+
+
+def _bytes(kinds: Iterable[str], problem: Problem) -> float:
+    """Of all ``kinds`` in one process: each keeps its model, gradients and state, and the greediest step needs its
+    matrices besides. What activations take is left to :data:`benchmarks.plan.MEMORY_SHARE`."""
+    T, kinds = problem.tasks, list(kinds)
+    balanced = [name for name in kinds if name not in (*steps.PARTS, *steps.FLOORS, *steps.OTHERS)]
+    passing = max(4 if name.startswith("LibMTL") else 2 if name.startswith("TorchJD") else 1 for name in kinds)
+    copied = min(LARGEST, fused_bytes(T, problem.P))
+    return (2 * len(kinds) + T * (len(balanced) + passing)) * problem.P * ITEM + copied
 
 
 def require_qm9(data: Path) -> None:

@@ -11,7 +11,6 @@ import argparse
 import csv
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from benchmarks import cuda_tools
+from benchmarks.bandwidth import byte_model
 
 NCU = "ncu"
 READ, WRITTEN, HIT_RATE, SECONDS = (
@@ -42,7 +44,7 @@ DONE, NOT_HERE = "all operators done", "not here: "
 NEEDS_GPU = "needs a GPU"
 
 _REFUSED = re.compile(r".*(ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to initialize the profiler).*")
-_KERNEL = re.compile(r"(balance|ema_update|combine|gram)_kernel")
+_KERNEL = re.compile(r"(begin_step|balance|ema_update|combine|gram)_kernel")
 _OPERATORS = {"balance": "balance_", "ema_update": "ema_update_"}  # the others are called as their kernels
 _SCALES = {"": 1.0, "%": 1.0, "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 _SCALES |= {"s": 1.0, "second": 1.0, "ms": 1e-3, "msecond": 1e-3, "us": 1e-6, "usecond": 1e-6}
@@ -83,17 +85,6 @@ def _number(value: str, unit: str) -> float | None:
         return float(value.replace(",", "")) * _SCALES[unit]
     except ValueError:
         return None
-
-
-def byte_model(operator: str, T: int, P: int) -> tuple[int, int]:
-    """The least that float32 operators read and write in two phases, each byte from and to memory."""
-    read, written = {
-        "balance_": (3 * T, T + 1),  # state and gradients, the state again; the state, the sum
-        "ema_update_": (2, 1),
-        "combine": (T, 1),
-        "gram": (T, 0),
-    }[operator]
-    return 4 * P * read, 4 * P * written
 
 
 def refusal(output: str) -> str:
@@ -161,7 +152,7 @@ def watch(backend: str, seconds: float, report: Report) -> None:
     """Let ncu watch the operators of one backend."""
     with tempfile.TemporaryDirectory(prefix="dbmtl_fused_counters_") as scratch:
         log = Path(scratch) / "ncu.csv"
-        command = [NCU, *OPTIONS, "--log-file", str(log), *_driver("--backend", backend)]
+        command = [cuda_tools.find(NCU) or NCU, *OPTIONS, "--log-file", str(log), *_driver("--backend", backend)]
         try:
             ran = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, seconds), check=False)
         except subprocess.TimeoutExpired:
@@ -193,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device != "cuda":
         subprocess.run(_driver("--backend", "reference", "--device", options.device, "--quick"), check=True)
         report.left_out = dict.fromkeys(BACKENDS, NEEDS_GPU)
-    elif shutil.which(NCU) is None:
-        report.left_out = dict.fromkeys(BACKENDS, f"{NCU} is not on the PATH")
+    elif cuda_tools.find(NCU) is None:
+        report.left_out = dict.fromkeys(BACKENDS, f"{NCU} is neither on the PATH nor in CUDA's folders")
     else:
         for backend in BACKENDS:
             watch(backend, deadline - time.monotonic(), report)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from benchmarks import shapes
-from benchmarks.bench_gpu_ops import FP32, Matrices, RowLists
 from benchmarks.counters import DONE, NOT_HERE
+from benchmarks.gpu_problems import FP32, Beginning, Matrices, RowLists
 from benchmarks.graph_timing import synchronize
 from dbmtl_fused import backends
 
@@ -32,6 +32,7 @@ def calls(backend: str, device: torch.device, params: list[shapes.Shape]) -> dic
     ops = backends.operators(backend)
     matrices, rows = Matrices(T, shapes.numbers(params), FP32, device), RowLists(params, FP32, device)
     return {
+        "begin_step": functools.partial(Beginning(T, device).begin_step, ops.begin_step),
         "balance_": functools.partial(matrices.balance_, ops.balance_),
         "ema_update_": functools.partial(rows.ema_update_, ops.ema_update_),
         "combine": functools.partial(matrices.combine, ops.combine),

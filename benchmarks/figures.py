@@ -124,7 +124,7 @@ def growth(run: Run, along: str) -> Data:
 
 
 def training(content: Mapping[str, Any]) -> Data:
-    """Training losses of each method as ``examples/qm9.py`` leaves them: at every point the geometric mean over tasks."""
+    """Training losses as ``examples/qm9.py`` leaves them, of each method: at every point their geometric mean."""
     lines = {}
     for name, curves in content["curves"].items():
         points = zip(*curves.values(), strict=True)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
-import shutil
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import report
+from benchmarks import cuda_tools, report
+from benchmarks.gpu import COMMIT
 from dbmtl_fused import backends, info
 
 _QUERY = (
     "name,driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,clocks_throttle_reasons.active,"
-    "power.draw,power.limit,temperature.gpu,memory.total,memory.used,ecc.mode.current,mig.mode.current"
+    "power.draw,power.limit,temperature.gpu,utilization.gpu,memory.total,memory.used,ecc.mode.current,mig.mode.current"
 )
+SAMPLE_SECONDS = 5.0
 _PACKAGES = ("numpy", "triton", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "pybind11", "ninja")
 
 
@@ -33,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     info.main([])
     found = {
-        **report.environment(torch.get_num_threads()),
+        **environment(device),
         "device": device_facts(device),
         "why_not": {backend: backends.why_not(backend, device.type) for backend in backends.BACKENDS},
         "packages": {package: _version(package) for package in _PACKAGES},
@@ -45,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """That of all results; the commit, where git does not know it, as ``make gpu`` was told."""
+    found = report.environment(torch.get_num_threads(), device)
+    if found["commit"] is None:
+        found |= {"commit": os.environ.get(COMMIT), "dirty": None}
+    return found
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -71,10 +83,35 @@ def nvidia_smi(device: torch.device) -> dict[str, str] | str:
     return dict(zip(names, values, strict=True)) if len(values) == len(names) else f"no answer: {output!r}"
 
 
-def _output(*command: str) -> str:
-    if shutil.which(command[0]) is None:
+@contextlib.contextmanager
+def sampled(device: torch.device, seconds: float = SAMPLE_SECONDS) -> Iterator[list[dict[str, str] | str]]:
+    """A list that grows by what :func:`nvidia_smi` says every few seconds of the block: clocks before and after it are
+    those of an idle GPU. Stays empty without a GPU."""
+    found: list[dict[str, str] | str] = []
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(seconds):
+            found.append(nvidia_smi(device))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    if device.type == "cuda":
+        thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        if device.type == "cuda":
+            thread.join()
+
+
+def _output(program: str, *arguments: str) -> str:
+    if (path := cuda_tools.find(program)) is None:
         return ""
-    return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    try:
+        return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _version(package: str) -> Any:

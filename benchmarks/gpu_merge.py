@@ -1,6 +1,7 @@
 """Several reports of ``make gpu`` made one: ``python -m benchmarks.gpu_merge FOLDER ... --out benchmarks/results/gpu``.
 
-Of a stage that ran more than once the last one counts. Only reports of one commit and one kind of GPU go together.
+Of a stage that ran more than once the last one counts. Only reports of one commit and one kind of GPU go together; what
+git does not know on that machine, ``--commit`` of the run says.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from benchmarks import gpu
 def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The first report with the stages of all, in the order in which they run.
 
-    :raises ValueError: If a report does not say where it was made, or they differ in that.
+    :raises ValueError: If a report does not say of which commit and GPU it is, or they differ in that.
     """
     origins = {_origin(report) for report in reports}
-    if len(origins) != 1 or None in origins:
+    if len(origins) != 1 or any(origin is None or origin[0] is None for origin in origins):
         raise ValueError(f"reports must all be of one commit and GPU, which their stage info says, got {origins}")
     stages = {stage["name"]: stage for report in reports for stage in report["stages"] if stage["command"]}
     order = sorted(stages, key=list(gpu.STAGES).index)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,8 @@ if __package__ != "benchmarks":  # run as a script: appended, so that an install
 import torch
 from tqdm import tqdm
 
-from benchmarks import bench_lists, bench_memory, bench_ops, bench_step, report, torchjd_steps
+from benchmarks import bench_lists, bench_memory, bench_ops, bench_step, qm9_folder, report, torchjd_steps
+from benchmarks.gpu_info import sampled
 from benchmarks.plan import LeftOut, Options, Table
 from dbmtl_fused import backends
 
@@ -25,7 +27,7 @@ QUICK_ROUNDS = 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables and, with ``--out``, write JSON anew after each of them.
 
-    :returns: 0; with ``--strict`` 1 if a bar was missed.
+    :returns: 0, or 1 if a table failed; with ``--strict`` also if a bar was missed.
     """
     parsed = _parse(argv)
     options = _options(parsed)
@@ -39,9 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings: dict[str, object] = {"what": parsed.what, "rounds": options.rounds, "quick": options.quick}
     settings["compile"] = options.compiled
     left_out: dict[str, str] = {}
+    failed = False
     sections: list[report.Section] = []
     started = time.monotonic()
-    with tqdm(list(tables(parsed.what, options)), unit="table", desc="bench", disable=None) as bar:
+    todo = list(tables(parsed.what, options))
+    with sampled(options.device) as under_load, tqdm(todo, unit="table", desc="bench", disable=None) as bar:
+        if options.device.type == "cuda":
+            found["nvidia_smi under load"] = under_load
         for title, measure in bar:
             bar.set_postfix_str(title)
             try:
@@ -52,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             except LeftOut as reason:
                 left_out[title] = str(reason)
                 bar.write(f"\n{title}\nleft out: {reason}", file=sys.stdout)
+            except Exception as error:  # such as for want of memory; the others are worth measuring all the same
+                failed = True
+                left_out[title] = f"failed: {type(error).__name__}: {error}"
+                bar.write(f"\n{title}\n{traceback.format_exc()}", file=sys.stdout)
             if parsed.out:
                 settings["seconds"] = round(time.monotonic() - started, 1)
                 report.write_json(parsed.out, {**found, "left_out": left_out}, settings, sections)
@@ -59,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if parsed.out:
         print(f"\nwrote {parsed.out}")
     missed = any(not bar.passed for section in sections for bar in section.bars)
-    return int(missed and parsed.strict)
+    return int(failed or (missed and parsed.strict))
 
 
 def tables(what: str, options: Options) -> Iterator[Table]:
@@ -103,7 +113,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="torch.compile(reference) as one more candidate for ops (default: unless --quick)",
     )
-    parser.add_argument("--data", type=Path, help=f"folder of QM9 (default: {bench_step.DATA})")
+    parser.add_argument("--data", type=Path, help=f"folder of QM9 (default: {qm9_folder.folder()})")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no further table is begun")
     parser.add_argument("--out", type=Path, help="JSON file to write, such as benchmarks/results/cpu.json")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a bar is missed")

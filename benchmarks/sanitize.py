@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks import cuda_tools
 
 SANITIZER = "compute-sanitizer"
 CHECKS = (
@@ -38,11 +39,12 @@ ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 READY, DONE, NOT_HERE = "the device is ready", "all cases done", "not here: "
 """What the driver prints once memory can be allocated, at the end, and instead of both where the backend is missing."""
 
-PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+PASSED, FAILED, SKIPPED, CUT_OFF = "passed", "failed", "skipped", "cut off"
 
 _REFUSED = re.compile(r".*Device not supported.*")
 _UNKNOWN_ERROR = re.compile(r".*(\b999\b|cudaErrorUnknown|CUDA_ERROR_UNKNOWN|unknown error).*", re.IGNORECASE)
 _CLEAN = re.compile(r"^========= .*SUMMARY: 0 ", re.MULTILINE)
+_CASE = re.compile(r"^case (\d+ of \d+)", re.MULTILINE)
 _MARK = "========="
 _SHOWN_CHARACTERS, _SHOWN_LINES, _LOG_CHARACTERS = 1500, 8, 6000
 _POLL_SECONDS = 0.2
@@ -59,7 +61,7 @@ class Running:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all tools that can be; 0, or 1 if one found something, failed or took too long."""
+    """Run all tools that can be; 0, or 1 if one found something or failed. One without time to end did neither."""
     options = _parse(argv)
     if reason := _why_not(options.device):
         for tool, backend, _ in CHECKS:
@@ -81,14 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _why_not(device: str) -> str:
     if device != "cuda":
         return "needs a GPU"
-    return "" if shutil.which(SANITIZER) else f"{SANITIZER} is not on the PATH"
+    return "" if cuda_tools.find(SANITIZER) else f"{SANITIZER} is neither on the PATH nor in CUDA's folders"
 
 
 def _start(tool: str, backend: str, every: int, scratch: Path) -> Running:
     driver = [sys.executable, "-u", "-m", "benchmarks.sanitize_driver", "--backend", backend, "--every", str(every)]
     log = scratch / f"{tool}_{backend}.log"
     with log.open("w") as output:
-        command = [SANITIZER, "--tool", tool, *OPTIONS, *driver]
+        command = [cuda_tools.find(SANITIZER) or SANITIZER, "--tool", tool, *OPTIONS, *driver]
         process = subprocess.Popen(
             command,
             env={**os.environ, **ENVIRONMENT},
@@ -116,7 +118,7 @@ def judge(code: int | None, output: str) -> tuple[str, str]:
     """What came of a tool, and why.
 
     Clean is only what says so itself and whose driver came to its end: an exit code of 0 alone may come from a tool
-    that ran nothing.
+    that ran nothing. What was cut off before it had anything to say is neither clean nor failed.
 
     :param code: Its exit code; None if it was cut off.
     """
@@ -126,6 +128,9 @@ def judge(code: int | None, output: str) -> tuple[str, str]:
         return PASSED, ""
     found = [line for line in output.splitlines() if line.startswith(_MARK)][1:]  # without the banner
     others = [line for line in output.splitlines() if not line.startswith(_MARK)]
+    if code is None and not found:
+        done = _CASE.findall(output)
+        return CUT_OFF, f"cut off after {done[-1] if done else 'none'} of its cases"
     parts = ["cut off for want of time" if code is None else f"exit code {code}"]
     parts += ["\n".join(found)[:_SHOWN_CHARACTERS], *others[-_SHOWN_LINES:]]
     return FAILED, "\n".join(parts)[: _SHOWN_CHARACTERS + 450]

@@ -252,9 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     torch.empty(1, device=device)
     print(READY, flush=True)
-    for case in itertools.islice(cases(), 0, None, options.every):
+    chosen = list(itertools.islice(cases(), 0, None, options.every))
+    for number, case in enumerate(chosen, 1):
         run(case, options.backend, device)
-        print(case.name, flush=True)
+        print(f"case {number} of {len(chosen)}: {case.name}", flush=True)
     print(DONE)
     return 0
 

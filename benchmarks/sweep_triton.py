@@ -28,7 +28,9 @@ import torch
 from tabulate import tabulate
 
 from benchmarks import comparators, shapes
-from benchmarks.bench_gpu_ops import (
+from benchmarks.comparators import EPS, relative_error
+from benchmarks.gpu_info import device_facts
+from benchmarks.gpu_problems import (
     FP32,
     LARGE_BYTES,
     TASKS,
@@ -38,8 +40,6 @@ from benchmarks.bench_gpu_ops import (
     columns_of,
     copies,
 )
-from benchmarks.comparators import EPS, relative_error
-from benchmarks.gpu_info import device_facts
 from benchmarks.graph_timing import Calls, buffer_sets, graph_timer
 from benchmarks.timing import Quartiles, Sample, Samples, interleave, per_round
 from dbmtl_fused import backends
@@ -135,12 +135,12 @@ def ema_update_problem(params: Sequence[shapes.Shape], device: torch.device) -> 
         return max(relative_error(first.row, exact), relative_error(first.sq_norm, exact.square().sum()))
 
     title = f"ema_update_, {len(params)} tensors, P={numel / 1e6:.4g}M"
-    return Problem(title, FP32.ema_update_bytes(numel), [partial(of.ema_update_, op) for of in sets], error)
+    return Problem(title, FP32.bytes("ema_update_", 1, numel), [partial(of.ema_update_, op) for of in sets], error)
 
 
 def combine_problem(T: int, P: int, device: torch.device) -> Problem:
     op = backends.operators("triton").combine
-    moved = FP32.combine_bytes(T, P)
+    moved = FP32.bytes("combine", T, P)
     sets = [Matrices(T, P, FP32, device, i) for i in range(buffer_sets(moved, device))]
     norms = sets[0].sq_norms.double().sqrt()
     exact = (norms.max() / (norms + EPS)) @ sets[0].ema.double()
@@ -155,7 +155,7 @@ def combine_problem(T: int, P: int, device: torch.device) -> Problem:
 
 def gram_problem(T: int, P: int, device: torch.device) -> Problem:
     op = backends.operators("triton").gram
-    moved = FP32.gram_bytes(T, P)
+    moved = FP32.bytes("gram", T, P)
     sets = [Matrices(T, P, FP32, device, i) for i in range(buffer_sets(moved, device))]
     exact = sets[0].ema.double() @ sets[0].ema.double().t()
 
@@ -169,7 +169,7 @@ def gram_problem(T: int, P: int, device: torch.device) -> Problem:
 
 def balance_problem(T: int, P: int, device: torch.device) -> Problem:
     op = backends.operators("triton").balance_
-    moved = FP32.balance_bytes(T, P)
+    moved = FP32.bytes("balance_", T, P)
     sets = [Matrices(T, P, FP32, device, i) for i in range(buffer_sets((2 * T + 1) * P * 4, device))]
     error = partial(Exact(sets[0]).error_of, op)
     return Problem(f"balance_, T={T}, P={P / 1e6:.4g}M", moved, [partial(of.balance_, op) for of in sets], error)

@@ -12,8 +12,9 @@ import ctypes
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -33,7 +34,8 @@ SETTLING_CALLS = 16
 """After which what allocates finds all it needs in a heap that keeps memory. At first slivers beside each aligned block
 stay in malloc's cache of small blocks, up to seven of a size, and the hole without them is too small for the next."""
 
-_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # malloc.h
+_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # malloc.h
+_MB = 1 << 20
 
 
 class Worker:
@@ -98,9 +100,24 @@ def keep_memory() -> None:
     freed earlier left a hole as large. So what a call that allocates costs would depend on what ran before. Here it
     settles after :data:`SETTLING_CALLS`.
     """
+    _set_malloc({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})  # no block by mmap, and the heap never shrinks
+
+
+@contextmanager
+def leaving_no_holes() -> Iterator[None]:
+    """What is freed meanwhile goes back to the system. After that malloc is as it is by default in a process that has
+    freed a large block: thresholds are at their upper ends. With another malloc than glibc's nothing is done."""
+    if not can_keep_memory():
+        yield
+        return
+    _set_malloc({_MMAP_THRESHOLD: _MB})
+    yield
+    _set_malloc({_MMAP_THRESHOLD: 32 * _MB, _TRIM_THRESHOLD: 64 * _MB})
+
+
+def _set_malloc(values: Mapping[int, int]) -> None:
     mallopt = ctypes.CDLL(None).mallopt
-    # No block by mmap, and the heap never shrinks.
-    for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
+    for parameter, value in values.items():
         if mallopt(parameter, value) != 1:
             raise RuntimeError(f"mallopt({parameter}, {value}) failed")
 

@@ -109,7 +109,7 @@ def test_what_rounding_would_hide_at_the_size_that_is_timed_is_refused_at_a_smal
     assert comparators.check(comparators.TIGHT, wrong, expected, comparators.rtol(comparators.TIGHT)) > comparators.RTOL
     for name in (comparators.TIGHT, comparators.kept(comparators.LIBMTL)):
         with pytest.raises(AssertionError, match=r"differs from float64 by .*, more than 1e-04$"):
-            bench_ops._build(3, 100, bench_ops._Group({name: _SubtlyWrong}), torch.device("cpu"))
+            bench_ops._build(3, 100, bench_ops._Group({name: _SubtlyWrong}), torch.device("cpu"), True)
 
 
 def test_only_torchs_own_operators_are_allowed_more() -> None:
@@ -128,7 +128,7 @@ def test_a_way_from_lists_that_is_subtly_wrong_is_refused(monkeypatch: pytest.Mo
     params = bench_lists.QUICK["two layers"]
     assert bench_lists._checked(params, ["wrong"], comparators.LARGE_RTOL)[1]["wrong"] > comparators.RTOL
     with pytest.raises(AssertionError, match=r"^wrong differs from float64 by .*, more than 1e-04$"):
-        bench_lists._build(params, ["wrong"])
+        bench_lists._build(params, ["wrong"], True)
 
 
 def test_comparators_share_no_memory() -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +25,23 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_gpu_ops, gpu, graph_timing, sanitize, sanitize_driver, shapes
-from benchmarks.bench_gpu_ops import BF16_GRADS, BF16_STATE, FP32
+from benchmarks import (
+    bandwidth,
+    bench_gpu_ops,
+    comparators,
+    cuda_tools,
+    gpu,
+    gpu_info,
+    gpu_lists,
+    gpu_problems,
+    gpu_tables,
+    graph_timing,
+    sanitize,
+    sanitize_driver,
+    shapes,
+)
 from benchmarks.gpu import CUT_OFF, FAILED, PASSED, SKIPPED, Context, Stage
+from benchmarks.gpu_problems import BF16_GRADS, BF16_STATE, FP32, Exact, Matrices
 from benchmarks.graph_timing import GraphTimer, SlopeTimer
 from benchmarks.timing import Sample
 
@@ -64,11 +83,10 @@ def test_a_dry_run_goes_through_all_stages_and_reports(tmp_path: Path, capfd: py
     operators = found["operators"]["data"]
     assert operators["settings"]["failures"] == []
     titles = [section["title"].split(" ")[0] for section in operators["sections"]]
-    assert {"balance_", "begin_step", "combine", "ema_update_", "gram", "the"} == set(titles)
+    assert {"balance_", "begin_step", "combine", "ema_update_", "gram", "grid:", "lists", "the"} == set(titles)
     balance = operators["sections"][0]
-    assert {bench_gpu_ops.MEMCPY, "LibMTL's expression", "tight eager", "dbmtl_fused reference"} <= set(
-        balance["candidates"]
-    )
+    others = {"LibMTL's expression", "torch._foreach", "tight eager"}
+    assert {gpu_problems.MEMCPY, "dbmtl_fused reference", *others} <= set(balance["candidates"])
     assert all(len(of["samples"]) == operators["settings"]["rounds"] for of in balance["candidates"].values())
     assert any("skipped, as they need a GPU" in note for note in balance["notes"])
 
@@ -87,6 +105,41 @@ def test_stages_that_need_a_gpu_are_skipped_aloud_in_a_dry_run(tmp_path: Path) -
     assert found["sanitizer"]["data"]["counts"] == {"passed": 0, "failed": 0, "skipped": len(sanitize.CHECKS)}
     text = (tmp_path / "gpu.txt").read_text()
     assert "skipped, needs a GPU: 5, such as compute-sanitizer::memcheck, cuda" in text
+
+
+def test_the_suite_of_a_dry_run_tests_operators_emulated_kernels_among_them(tmp_path: Path) -> None:
+    environment = gpu.STAGES["suite"].environment
+    dry = options(tmp_path, "--device", "cpu", "--quick")
+    assert all("/tests/test_" in test and Path(test).exists() for test in gpu.suite_tests(dry))
+    assert ("DBMTL_FUSED_TEST_CUDA_EMU" in environment(dry)) == (shutil.which("g++") is not None)
+    for arguments in (["--device", "cpu"], ["--quick"], ["--device", "cpu", "--quick", "--tests", "some"]):
+        assert "DBMTL_FUSED_TEST_CUDA_EMU" not in environment(options(tmp_path, *arguments))
+
+
+@pytest.mark.parametrize("dry", [["--device", "cpu"], ["--quick"]])
+def test_a_dry_run_leaves_nothing_among_the_results(
+    dry: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    assert gpu._parse([]).out == gpu.DEFAULT_OUT == ROOT / "benchmarks" / "results" / "gpu"
+    assert gpu._parse(dry).out == ROOT / "build" / "gpu-dry"
+    with pytest.raises(SystemExit):
+        gpu._parse([*dry, "--out", str(gpu.DEFAULT_OUT)])
+    assert "--out must not be benchmarks/results/gpu in a dry run" in capsys.readouterr().err
+    monkeypatch.setenv("OUT", "/elsewhere")
+    assert gpu._parse([]).out == gpu._parse(dry).out == Path("/elsewhere")
+
+
+def test_all_stages_in_their_order(tmp_path: Path) -> None:
+    assert options(tmp_path, "--stages", "all").stages == tuple(gpu.STAGES)
+
+
+@pytest.mark.parametrize(("processors", "workers"), [(16, 14), (2, 1), (None, 1)])
+def test_the_suite_leaves_two_processors(
+    processors: int | None, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    assert options(tmp_path).workers == workers
 
 
 @pytest.fixture
@@ -190,7 +243,7 @@ def test_a_build_that_setup_py_gave_up_is_a_failure(
 def test_an_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--stages", "info,sute"])
-    names = "build, info, parity, suite, soak, sanitizer, operators, counters, steps, train, sweep"
+    names = "build, info, parity, suite, soak, operators, sanitizer, counters, steps, train, sweep"
     assert f"--stages must be among {names}, got sute" in capsys.readouterr().err
 
 
@@ -200,6 +253,67 @@ def test_make_gpu_runs_the_command_with_the_active_python() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert shown == "python3 -m benchmarks.gpu --out some/folder --quick\n"
+    environment.pop("OUT", None)
+    command.remove("OUT=some/folder")  # the program knows better where a dry run belongs
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["python3", "-m", "benchmarks.gpu", "--quick"]
+
+
+def test_stages_are_told_the_commit(
+    stage_table: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_table.update(a="import os; print(os.environ.get('DBMTL_FUSED_COMMIT'))", b="pass", c="pass")
+    monkeypatch.delenv(gpu.COMMIT, raising=False)
+    for arguments, said in (([], "None\n"), (["--commit", "abc"], "abc\n")):
+        assert run(tmp_path, *arguments) == 0
+        assert stages(tmp_path)["a"]["log"] == said
+    monkeypatch.setenv(gpu.COMMIT, "def")
+    assert options(tmp_path, "--stages", "a").commit == "def"
+
+
+def test_the_commit_is_git_s_or_what_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {"commit": "of git", "dirty": True}
+    devices = []
+    monkeypatch.setattr(gpu_info.report, "environment", lambda threads, device: devices.append(device) or dict(found))
+    monkeypatch.setenv(gpu.COMMIT, "told")
+    device = torch.device("meta")
+    assert gpu_info.environment(device) == found
+    found |= {"commit": None, "dirty": False}
+    assert gpu_info.environment(device) == {"commit": "told", "dirty": None}
+    assert devices == [device, device]
+
+
+def test_clocks_are_read_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_info, "nvidia_smi", lambda device: {"on": str(device)})
+    with gpu_info.sampled(torch.device("cuda"), seconds=0.01) as found:
+        deadline = time.monotonic() + 10
+        while len(found) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert found[:2] == [{"on": "cuda"}] * 2
+    count = len(found)
+    time.sleep(0.05)
+    assert len(found) == count
+    with gpu_info.sampled(torch.device("cpu"), seconds=0.0) as found:
+        time.sleep(0.05)
+    assert found == []
+
+
+def test_programs_of_cuda_are_found_beside_the_path(
+    system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert cuda_tools.find("ncu") is None
+    for version in ("2024.1", "2025.3"):
+        (tmp_path / "nsight" / version).mkdir(parents=True)
+        program(tmp_path / "nsight" / version, "ncu", "")
+    monkeypatch.setattr(cuda_tools, "FOLDERS", (str(tmp_path / "nsight" / "*"),))
+    assert cuda_tools.find("ncu") == str(tmp_path / "nsight" / "2025.3" / "ncu")
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    program(tmp_path / "cuda" / "bin", "ncu", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert cuda_tools.find("ncu") == str(tmp_path / "cuda" / "bin" / "ncu")
+    program(system, "ncu", "")
+    assert cuda_tools.find("ncu") == str(system / "ncu")
 
 
 # --- What stages are made of
@@ -218,7 +332,7 @@ def test_the_tree_holds_the_package_as_it_would_be_installed(tmp_path: Path) -> 
         "benchmarks.gpu": "benchmarks/gpu.py",
     }
     code = f"import importlib.util as u; print(*(u.find_spec(name).origin for name in {[*names]}), sep='\\n')"
-    environment = gpu._environment(tree, "cpu")
+    environment = gpu._environment(tree, options(tmp_path, "--device", "cpu"))
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True).stdout
     assert found.splitlines() == [str(tree / path) for path in names.values()]
@@ -251,6 +365,8 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(cuda_tools, "FOLDERS", ())
+    monkeypatch.delenv("CUDA_HOME", raising=False)
     return folder
 
 
@@ -328,7 +444,9 @@ FINDING = "========= Invalid __global__ read of size 16 bytes\n=========     at 
         (0, f"{BANNER}{sanitize.DONE}\n========= RACECHECK SUMMARY: 1 hazard displayed", FAILED, "1 hazard"),
         (9, f"{BANNER}{sanitize.READY}\n{FINDING}========= ERROR SUMMARY: 1 error", FAILED, "Invalid __global__ read"),
         (1, f"{BANNER}{sanitize.READY}\nAssertionError: balance_\n{CLEAN}", FAILED, "AssertionError: balance_"),
-        (None, f"{BANNER}{sanitize.READY}\ncase 7\n", FAILED, "cut off for want of time"),
+        (None, f"{BANNER}{sanitize.READY}\ncase 7 of 9: gram\n", CUT_OFF, "cut off after 7 of 9 of its cases"),
+        (None, f"{BANNER}{sanitize.READY}\n", CUT_OFF, "cut off after none of its cases"),
+        (None, f"{BANNER}{sanitize.READY}\ncase 7 of 9: gram\n{FINDING}", FAILED, "cut off for want of time"),
         (9, f"{BANNER}========= Error: Device not supported.\n", SKIPPED, "Error: Device not supported."),
         (1, f"{BANNER}RuntimeError: CUDA error: unknown error\n", SKIPPED, "CUDA error: unknown error"),
         (1, f"{BANNER}cudaMalloc failed with error 999\n", SKIPPED, "cudaMalloc failed with error 999"),
@@ -358,6 +476,7 @@ def test_the_first_findings_are_in_the_report(system: Path, tmp_path: Path) -> N
         elif tool == "racecheck":
             raise SystemExit("========= Error: Device not supported.")
         elif tool == "synccheck":
+            print("case 3 of 70: combine", flush=True)
             time.sleep(60)
         else:
             finding = "" if tool == "memcheck" else 100 * {FINDING!r}
@@ -368,12 +487,16 @@ def test_the_first_findings_are_in_the_report(system: Path, tmp_path: Path) -> N
     lines = tmp_path / "lines"
     assert sanitize.main(["--seconds", "3", "--lines", str(lines)]) == 1
     found = gpu.read_lines(lines.read_text())
-    assert found["counts"] == {"passed": 1, "failed": 2, "skipped": 2}
+    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 2}
     failures = {of["test"].split("::")[1]: of["why"] for of in found["failures"]}
-    assert failures.keys() == {"initcheck, cuda", "synccheck, cuda"}
+    assert failures.keys() == {"initcheck, cuda"}
     assert failures["initcheck, cuda"].startswith(f"exit code 9\n{FINDING}")
     assert "exit code 9" in gpu.lines_to_text(found)
-    assert failures["synccheck, cuda"].startswith("cut off")
+    unfinished = "compute-sanitizer::synccheck, cuda: cut off after 3 of 70 of its cases"
+    assert unfinished in gpu.lines_to_text(found)
+    result = gpu.Result("sanitizer", "", exit_code=0, data=found)
+    gpu._judge(result, False, "", "")
+    assert (result.status, result.reason, result.good) == (CUT_OFF, unfinished, False)
     assert found["skips"].keys() == {"no Triton", "compute-sanitizer: Error: Device not supported."}
 
 
@@ -382,14 +505,16 @@ def test_a_missing_sanitizer_is_a_skip(system: Path, tmp_path: Path) -> None:
     assert sanitize.main(["--lines", str(lines)]) == 0
     found = gpu.read_lines(lines.read_text())
     assert {reason: len(of) for reason, of in found["skips"].items()} == {
-        "compute-sanitizer is not on the PATH": len(sanitize.CHECKS)
+        "compute-sanitizer is neither on the PATH nor in CUDA's folders": len(sanitize.CHECKS)
     }
 
 
 def test_the_sanitizers_driver_runs_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert sanitize_driver.main(["--backend", "reference", "--device", "cpu"]) == 0
-    ready, *names, done = capsys.readouterr().out.splitlines()
+    ready, *lines, done = capsys.readouterr().out.splitlines()
     assert (ready, done) == (sanitize.READY, sanitize.DONE)
+    count = len(lines)
+    names = [line.removeprefix(f"case {number} of {count}: ") for number, line in enumerate(lines, 1)]
     assert names == [case.name for case in sanitize_driver.cases()]
     assert len(names) == len(set(names)) > 50
     for *_, every in sanitize.CHECKS:
@@ -427,13 +552,27 @@ def test_the_operators_stage_stops_by_itself_before_it_is_cut_off(tmp_path: Path
     assert float(command[command.index("--seconds") + 1]) < 200
 
 
-def test_the_default_stages_fit_their_time(tmp_path: Path) -> None:
-    chosen = options(tmp_path)
-    assert chosen.stages == ("build", "info", "parity", "suite", "soak", "sanitizer", "operators")
+@pytest.mark.parametrize(
+    ("stages_", "minutes"),
+    [
+        ("build,info,parity,suite,soak", 9),
+        ("build,info,operators,sanitizer,counters", 9),
+        ("build,info,steps,train", 6),
+    ],
+)
+def test_the_documented_calls_fit_their_time(tmp_path: Path, stages_: str, minutes: int) -> None:
+    log = (ROOT / "docs" / "gpu-log.md").read_text()
+    chosen = options(tmp_path, "--stages", stages_)
+    if stages_ == ",".join(gpu.DEFAULT_STAGES):
+        assert options(tmp_path) == chosen
+        assert chosen.minutes == minutes
+    else:
+        assert f"--stages {stages_}" in log
+        assert (minutes == chosen.minutes) != (f"--minutes {minutes} --stages {stages_}" in log)
     reserves = {name: gpu.STAGES[name].reserve for name in chosen.stages}
-    assert sum(reserves.values()) <= 60 * chosen.minutes
-    # Nothing can be shown without the build: it may take as long as it is allowed to.
-    assert 60 * chosen.minutes - sum(reserves.values()) + reserves["build"] >= gpu.STAGES["build"].limit
+    assert sum(reserves.values()) <= 60 * minutes
+    if "suite" in reserves:  # the first builds all of it, and nothing can be shown without
+        assert 60 * minutes - sum(reserves.values()) + reserves["build"] >= gpu.STAGES["build"].limit
 
 
 def test_a_soak_that_hangs_has_time_to_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +617,7 @@ def test_lines_of_a_suite_that_was_killed_are_read_as_far_as_they_go() -> None:
     whole = json.dumps({"test": "f.py::t", "outcome": PASSED, "seconds": 1.0, "why": ""})
     found = gpu.read_lines(f"{whole}\n{whole[:20]}")
     assert found["counts"] == {"passed": 1, "failed": 0, "skipped": 0}
+    assert found["cut_off"] == []
     assert found["files"] == {"f.py": {"tests": 1, "seconds": 1.0}}
 
 
@@ -533,6 +673,44 @@ def test_a_graph_goes_through_all_buffer_sets_equally_often(fake_gpu: FakeGPU) -
     assert timer().seconds == pytest.approx((10 + 21) / 21)
 
 
+class Rebinding:
+    """A candidate that puts a new object in place of what it reads, as LibMTL's does its EMA."""
+
+    class State:
+        pass
+
+    def __init__(self) -> None:
+        self.state = self.State()
+        self.read: list[weakref.ref[Rebinding.State]] = []
+
+    def __call__(self) -> None:
+        self.read.append(weakref.ref(self.state))
+        self.state = self.State()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda of: of,
+        lambda of: of.__call__,
+        lambda of: functools.partial(lambda function, times: function(), of, times=1),
+        lambda of: functools.partial(functools.partial(of)),
+    ],
+    ids=["object", "method", "argument", "partial"],
+)
+def test_what_the_first_captured_call_reads_lives_as_long_as_the_graph(
+    fake_gpu: FakeGPU, call: Callable[[Rebinding], Callable[[], object]]
+) -> None:
+    candidate = Rebinding()
+    timer = GraphTimer([call(candidate)], calls=3)
+    before_it, first, *_ = candidate.read[1:]  # two in the open, three captured
+    assert len(candidate.read) == 5
+    assert before_it() is None
+    assert first() is not None
+    del timer
+    assert first() is None
+
+
 def test_the_slope_of_a_graph_leaves_out_what_a_replay_costs(fake_gpu: FakeGPU) -> None:
     timer = SlopeTimer([fake_gpu.call(name) for name in "ab"], calls=5)
     assert timer().seconds == pytest.approx(1)
@@ -566,43 +744,67 @@ def test_parameters_of_vit_large() -> None:
 
 def test_byte_models() -> None:
     T, P = 3, 1000
-    assert FP32.balance_bytes(T, P) == (4 * T + 1) * P * 4
-    assert FP32.combine_bytes(T, P) == (T + 1) * P * 4
-    assert FP32.ema_update_bytes(P) == 3 * P * 4
-    assert BF16_GRADS.balance_bytes(T, P) == (3 * T * 4 + T * 2 + 2) * P
-    assert BF16_GRADS.combine_bytes(T, P) == (T * 4 + 2) * P
-    assert BF16_GRADS.ema_update_bytes(P) == (4 + 4 + 2) * P
-    assert BF16_STATE.balance_bytes(T, P) == (4 * T + 1) * P * 2
-    assert BF16_STATE.combine_bytes(T, P) == (T + 1) * P * 2
-    assert BF16_STATE.ema_update_bytes(P) == 3 * P * 2
+    assert FP32.bytes("balance_", T, P) == bandwidth.fused_bytes(T, P) == (4 * T + 1) * P * 4
+    assert FP32.bytes("combine", T, P) == (T + 1) * P * 4
+    assert FP32.bytes("gram", T, P) == T * P * 4
+    assert FP32.bytes("ema_update_", 1, P) == 3 * P * 4
+    assert FP32.bytes("begin_step", T, P) == (3 * T + 3) * 4 + 8
+    assert BF16_GRADS.bytes("balance_", T, P) == (3 * T * 4 + T * 2 + 2) * P
+    assert BF16_GRADS.bytes("combine", T, P) == (T * 4 + 2) * P
+    assert BF16_GRADS.bytes("ema_update_", 1, P) == (4 + 4 + 2) * P
+    assert BF16_STATE.bytes("balance_", T, P) == (4 * T + 1) * P * 2
+    assert BF16_STATE.bytes("combine", T, P) == (T + 1) * P * 2
+    assert BF16_STATE.bytes("ema_update_", 1, P) == 3 * P * 2
 
 
-@pytest.mark.parametrize("T", bench_gpu_ops.TASKS)
+@pytest.mark.parametrize("T", gpu_problems.TASKS)
 def test_the_large_size_is_just_large_enough(T: int) -> None:
-    P = bench_gpu_ops.columns_of(T, 2**30)
+    P = gpu_problems.columns_of(T, 2**30)
     assert P % 256 == 0
     assert 2**30 <= 4 * T * P < 2**30 + 4 * T * 256
 
 
-def test_the_yardstick_copies_as_many_bytes() -> None:
-    ((copy, *_),) = bench_gpu_ops.copies(FP32.balance_bytes(3, 1024), torch.device("cpu")).values()
-    assert 2 * copy.args[0].nbytes == FP32.balance_bytes(3, 1024)
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_yardstick_copies_as_many_bytes(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = FP32.bytes("balance_", 3, 3 * 1024)
+    monkeypatch.setattr(gpu_problems, "COPY_BYTES", total // times)
+    ((copy, *_),) = gpu_problems.copies(total, torch.device("cpu")).values()
+    once, repeated = copy.args
+    assert repeated == times
+    assert 2 * once.args[0].nbytes * times == total
+    copy()
+    assert torch.equal(once.func.__self__, once.args[0])
+    assert once.args[0].count_nonzero() > 0
+    assert bandwidth.Copy(total).source.count_nonzero() > 0
 
 
 def test_every_size_of_the_plan_is_measured_once() -> None:
     names = [name for name, _ in bench_gpu_ops.plan(quick=False)]
     assert len(names) == len(set(names))
+    for P in (6_700_000, 11_200_000, 25_600_000):
+        assert f"balance, 3, {P}, fp32" in names
     for T in (2, 3, 5, 11, 16):
-        for P in (100_000, 6_700_000, 11_200_000, 25_600_000, bench_gpu_ops.columns_of(T, 2**30)):
-            assert f"balance, {T}, {P}, fp32" in names
+        assert f"balance, {T}, {gpu_problems.columns_of(T, 2**30)}, fp32" in names
         assert f"combine, {T}, 11200000, fp32" in names
+    grid = [name for name in names if name.startswith("grid, ")]
+    for T in (1, 2, 3, 5, 8, 11, 16, 32, 64):
+        assert {f"grid, {T}, {10**power}, fp32" for power in range(4, 9)} <= set(grid)
+    for T in (1, 2, 3):
+        assert f"grid, {T}, {10**9}, fp32" in grid
+    for dtypes in (BF16_GRADS, BF16_STATE):
+        assert sum(name.endswith(str(dtypes)) for name in grid) >= 4
+    assert names[-len(grid) :] == grid  # after all that has a bar
+
+
+def found_by_tables(**settings: Any) -> gpu_tables.Run:
+    arguments = {"rounds": 2, "quick": True, "compiled": False, "deadline": 0.0}
+    return gpu_tables.Run(torch.device("cpu"), **arguments | settings)
 
 
 def test_a_wrong_candidate_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cpu")
-    found = bench_gpu_ops.Run(device, rounds=2, quick=True, compiled=False, deadline=0.0)
-    monkeypatch.setattr(bench_gpu_ops.comparators.TightEager, "__call__", lambda self: self.out.fill_(torch.nan))
-    bench_gpu_ops.measure_balance(found, 2, 100, FP32)
+    found = found_by_tables()
+    monkeypatch.setattr(comparators.TightEager, "__call__", lambda self: self.out.fill_(torch.nan))
+    gpu_tables.measure_balance(found, 2, 100, FP32)
     (section,) = found.sections
     assert "tight eager" not in section.samples
     assert "LibMTL's expression" in section.samples
@@ -610,17 +812,103 @@ def test_a_wrong_candidate_is_reported_and_not_timed(monkeypatch: pytest.MonkeyP
     assert failure.startswith("balance_ fp32, T=2, P=0.0001M: tight eager: AssertionError: differs from float64 by inf")
 
 
+def test_results_are_checked_a_few_columns_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_problems, "_CHECKED_BYTES", 8 * 3 * 7)
+    matrices = Matrices(3, 100, FP32, torch.device("cpu"))
+    exact = Exact(matrices)
+    op = gpu_problems.comparators.backends.operators("reference").balance_
+    assert 0 < exact.error_of(op) < 1e-6
+    rows, total = comparators.exact(exact._before, matrices.grads, 0.9)
+    assert comparators.relative_error(matrices.ema, rows) < 1e-6
+    assert comparators.relative_error(matrices.out, total) < 1e-6
+    for name in ("ema", "out"):
+        for wrong in (3.0, torch.nan):
+
+            def last_is_wrong(*arguments: Any, name: str = name, wrong: float = wrong) -> None:
+                op(*arguments)
+                getattr(matrices, name).view(-1)[-1] = wrong
+
+            assert exact.error_of(last_is_wrong) > 1e-3
+
+
+def test_the_greediest_comparators_give_way_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, bytes_each = found_by_tables(), 4 * (3 + 1) * 1024
+    free = gpu_tables.COPY_BYTES
+    monkeypatch.setattr(gpu_tables.Run, "_free", lambda self: free)
+    names = list(gpu_tables._expressions(FP32))
+    for matrices, left in ((18, 3), (17, 2), (10, 2), (9, 1), (6, 1), (5, 0), (4, 0)):
+        free = gpu_tables.COPY_BYTES + matrices * bytes_each
+        assert found.fitting(3, 1024, names) == names[3 - left :]
+        assert found.largest(3, 1024) == 1024
+    free -= bytes_each // 2
+    assert found.largest(3, 1024) == 768
+    gpu_tables.measure_grid(found, 3, 1024, FP32)
+    (section,) = found.sections
+    assert (section.kind, section.bars) == ("grid", [])
+    assert f"left out for want of memory: {comparators.LIBMTL}" in section.notes
+    assert {*names}.isdisjoint(section.samples)
+
+
+def test_the_reference_is_left_out_of_tables_of_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tables.backends, "available", lambda device: ["cuda", "triton", "reference"])
+    found = found_by_tables()
+    found.device = torch.device("cuda")
+    assert found.backends_for(3, 1000) == (["reference", "triton", "cuda"], [])
+    chosen, notes = found.backends_for(4, 2**26)
+    assert chosen == ["triton", "cuda"]
+    assert notes == ["left out, as it takes long: dbmtl_fused reference"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        gpu_lists.LibMTL,
+        gpu_lists.LibMTLShipped,
+        gpu_lists.TightFlatten,
+        gpu_lists.Foreach,
+        functools.partial(gpu_lists.Operators, backend="reference"),
+        functools.partial(gpu_lists.Operators, backend="cpu"),
+    ],
+)
+def test_all_that_goes_from_lists_to_a_list_computes_the_same(
+    kind: Callable[[gpu_lists.Lists], gpu_lists.Candidate],
+) -> None:
+    lists = gpu_lists.Lists([(20, 17), (3,), (300,)], 3, torch.device("cpu"))
+    candidate = kind(lists)
+    assert lists.error(candidate()) < 1e-6
+    assert lists.error(candidate()) > 1e-2  # of the second step, which the first is not
+
+
+def test_a_device_that_has_failed_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    on_cpu = found_by_tables(deadline=math.inf)
+    monkeypatch.setattr(
+        bench_gpu_ops, "plan", lambda quick: [("first", lambda run: gpu_tables.measure_small(run, 3, 9))]
+    )
+    for name, answer in (("device_facts", {}), ("nvidia_smi", {}), ("environment", {})):
+        monkeypatch.setattr(bench_gpu_ops, name, lambda *_, answer=answer: dict(answer))
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)
+    monkeypatch.setattr(bench_gpu_ops, "Run", lambda *_: on_cpu)
+    out = tmp_path / "operators.json"
+    assert bench_gpu_ops.main(["--device", "cuda", "--quick", "--out", str(out)]) == 1
+    content = json.loads(out.read_text())
+    assert len(content["sections"]) == 2
+    assert content["settings"]["failures"] == ["after first: RuntimeError: an illegal memory access was encountered"]
+
+
 def test_the_cuda_backend_is_held_against_triton_where_both_are() -> None:
     samples = {f"dbmtl_fused {name}": [Sample(seconds)] * 3 for name, seconds in (("cuda", 1.02), ("triton", 1.0))}
-    (bar,) = bench_gpu_ops._beside_triton("combine", samples)
+    (bar,) = gpu_tables._beside_triton("combine", samples)
     assert (bar.name, bar.target, bar.passed) == ("combine: dbmtl_fused cuda / dbmtl_fused triton", 1.03, True)
     assert bar.measured.median == pytest.approx(1.02)
     slower = {**samples, "dbmtl_fused cuda": [Sample(1.04)] * 3}
-    assert not bench_gpu_ops._beside_triton("combine", slower)[0].passed
+    assert not gpu_tables._beside_triton("combine", slower)[0].passed
     del slower["dbmtl_fused triton"]
-    assert bench_gpu_ops._beside_triton("combine", slower) == []
+    assert gpu_tables._beside_triton("combine", slower) == []
     host = {f"combine, {name}": [Sample(1.0)] for name in ("triton", "cuda", "reference")}
-    found = [bar.name for name in host for bar in bench_gpu_ops._beside_triton("host", host, name)]
+    found = [bar.name for name in host for bar in gpu_tables._beside_triton("host", host, name)]
     assert found == ["host: combine, cuda / combine, triton"]
 
 

@@ -17,10 +17,23 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import counters, counters_driver, gpu, gpu_merge, train
-from benchmarks.bench_gpu_ops import FP32
+from benchmarks import (
+    bench_step,
+    counters,
+    counters_driver,
+    cuda_tools,
+    gpu,
+    gpu_merge,
+    qm9_folder,
+    report,
+    run,
+    steps,
+    train,
+)
 from benchmarks.counters import HIT_RATE, READ, SECONDS, WRITTEN, Launch
-from benchmarks.molecule_model import ELEMENTS, GEOMETRY, TARGETS
+from benchmarks.models import Size
+from benchmarks.molecule_model import ELEMENTS, GEOMETRY, TARGETS, Molecules
+from benchmarks.plan import LeftOut, Options, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,6 +96,7 @@ def test_an_unknown_unit_is_no_number() -> None:
 @pytest.mark.parametrize(
     ("kernel", "operator"),
     [
+        ("void dbmtl_fused::begin_step_kernel<float, float>(BeginStep<float, float>)", "begin_step"),
         ("balance_kernel", "balance_"),
         ("void dbmtl_fused::ema_update_kernel<float>(Parameters<float>)", "ema_update_"),
         ("combine_kernel", "combine"),
@@ -94,17 +108,15 @@ def test_kernels_belong_to_operators(kernel: str, operator: str) -> None:
     assert Launch(kernel).operator == operator
 
 
-def test_the_byte_model_is_that_of_the_tables_of_bandwidth() -> None:
-    T, P = 5, 1000
-    assert sum(counters.byte_model("balance_", T, P)) == FP32.balance_bytes(T, P)
-    assert sum(counters.byte_model("ema_update_", T, P)) == FP32.ema_update_bytes(P)
-    assert sum(counters.byte_model("combine", T, P)) == FP32.combine_bytes(T, P)
-    assert sum(counters.byte_model("gram", T, P)) == FP32.gram_bytes(T, P)
-
-
 def test_the_driver_calls_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
     assert counters_driver.main(["--backend", "reference", "--device", "cpu", "--quick"]) == 0
-    assert capsys.readouterr().out.split("\n")[:5] == ["balance_", "ema_update_", "combine", "gram", counters.DONE]
+    operators = ["begin_step", "balance_", "ema_update_", "combine", "gram"]
+    assert capsys.readouterr().out.split("\n")[:6] == [*operators, counters.DONE]
+    found = counters.Report(3, 1000)
+    kernels = [f"{operator.removesuffix('_')}_kernel" for operator in operators]
+    found.add("cuda", [Launch(kernel, {READ: 1.0, WRITTEN: 1.0}) for kernel in kernels])
+    assert [row["operator"] for row in found.rows] == operators
+    assert [row["model_read"] for row in found.rows] == [24, 36_000, 8_000, 12_000, 12_000]
     assert counters_driver.main(["--backend", "cuda", "--device", "cpu", "--quick"]) == 0
     assert capsys.readouterr().out.startswith(counters.NOT_HERE)
     assert counters_driver.T * 4 * counters_driver.shapes.numbers(counters_driver.PARAMS) > 100_000_000
@@ -127,6 +139,8 @@ def ncu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(cuda_tools, "FOLDERS", ())
+    monkeypatch.delenv("CUDA_HOME", raising=False)
     return folder / "ncu"
 
 
@@ -173,7 +187,7 @@ def test_where_ncu_may_not_watch_nothing_fails(ncu: Path, tmp_path: Path) -> Non
 def test_where_ncu_is_missing_nothing_fails(ncu: Path, tmp_path: Path) -> None:
     code, data, _ = report_counters(tmp_path)
     assert code == 0
-    assert gpu._not_shown(data) == (True, "ncu is not on the PATH")
+    assert gpu._not_shown(data) == (True, "ncu is neither on the PATH nor in CUDA's folders")
 
 
 def test_one_backend_that_is_missing_is_named_beside_the_other(ncu: Path, tmp_path: Path) -> None:
@@ -368,12 +382,14 @@ def test_stages_are_given_the_data_and_their_time(tmp_path: Path) -> None:
 
 def test_data_are_looked_for_in_the_checkout_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = tmp_path / "data", tmp_path / "shared"
-    monkeypatch.setattr(gpu, "QM9", folders)
+    monkeypatch.setattr(qm9_folder, "FOLDERS", folders)
     assert options(tmp_path).data == folders[0]
     folders[1].mkdir()
     assert options(tmp_path).data == folders[1]
     folders[0].mkdir()
     assert options(tmp_path).data == folders[0]
+    (molecules,) = [case.problem for case in bench_step.cases(STEPS) if isinstance(case.problem, Molecules)]
+    assert molecules.data == folders[0]
     assert gpu._without_paths(f"--data {folders[1]}", tmp_path / "scratch") == "--data ../shared/data/qm9"
 
 
@@ -382,10 +398,62 @@ def test_whole_steps_in_graphs_are_part_of_the_soak(tmp_path: Path) -> None:
     assert str(ROOT / "tests" / "test_gpu_graph.py") in command
 
 
+# --- Whole steps
+
+STEPS = Options(torch.device("cpu"), rounds=1, quick=False, threads=1, compiled=False, data=None)
+
+
+def test_a_table_that_fails_takes_no_other_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> report.Section:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    def left_out() -> report.Section:
+        raise LeftOut("needs QM9")
+
+    right = report.Section("third", {}, [])
+    todo = [Table("first", fails), Table("second", left_out), Table("third", lambda: right)]
+    out = tmp_path / "steps.json"
+    arguments = ["step", "--device", "cpu", "--threads", "1", "--out", str(out)]
+    for tables, status in ((todo, 1), (todo[1:], 0)):
+        monkeypatch.setattr(run, "tables", lambda what, options, tables=tables: iter(tables))
+        assert run.main(arguments) == status
+        content = json.loads(out.read_text())
+        assert [section["title"] for section in content["sections"]] == ["third"]
+        failed = {"first": "failed: OutOfMemoryError: out of memory"} if status else {}
+        assert content["left_out"] == {**failed, "second": "needs QM9"}
+    assert "OutOfMemoryError: out of memory" in capsys.readouterr().out
+
+
+def test_the_greediest_steps_give_way_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["forward alone", steps.OURS, steps.LIBMTL, "TorchJD, vmap", "TorchJD UPGrad", "torch ops, flatten"]
+    problem = Size(depth=2, width=64, tasks=5, batch=8)
+    few = ["forward alone", steps.OURS, "torch ops, flatten"]
+    sizes = bench_step._bytes(kinds, problem), bench_step._bytes([*few, *kinds[3:5]], problem)
+    for free, left_out in (
+        (sizes[0], []),
+        (sizes[0] - 1, kinds[2:3]),
+        (sizes[1], kinds[2:3]),
+        (sizes[1] - 1, kinds[2:5]),
+        (0, kinds[2:5]),
+    ):
+        monkeypatch.setattr(bench_step, "free_bytes", lambda device, free=free: free)
+        assert bench_step._too_large(kinds, problem, torch.device("cpu")) == left_out
+
+
+def test_a_step_beyond_the_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Size(depth=1, width=8, tasks=2, batch=2)
+    case = bench_step.Case(problem, problem, rounds=1)
+    monkeypatch.setattr("benchmarks.plan.free_bytes", lambda device: 0.0)
+    with pytest.raises(LeftOut, match=r"^needs .* GB of memory"):
+        bench_step._case(case, STEPS)
+
+
 # --- Several reports
 
 
-def report_of(folder: Path, commit: str, **logs: str) -> str:
+def report_of(folder: Path, commit: str | None, **logs: str) -> str:
     """Write a report as ``make gpu`` does."""
     info = {"commit": commit, "dirty": False, "device": {"name": "a GPU"}}
     stages = [{"name": "info", "command": "python3 -m benchmarks.gpu_info", "data": info, "log": ""}]
@@ -411,8 +479,11 @@ def test_reports_of_several_calls_become_one(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "gpu.txt").read_text() == "text of 1\n\ntext of 2\n"
 
 
-def test_reports_of_two_commits_stay_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = [report_of(tmp_path / commit, commit, build="ran") for commit in ("abc", "def")]
+@pytest.mark.parametrize("commits", [["abc", "def"], [None, None], ["abc", None]])
+def test_reports_of_two_commits_or_of_an_unknown_one_stay_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], commits: list[str | None]
+) -> None:
+    folders = [report_of(tmp_path / str(i), commit, build="ran") for i, commit in enumerate(commits)]
     with pytest.raises(SystemExit):
         gpu_merge.main([*folders, "--out", str(tmp_path / "out")])
     assert "reports must all be of one commit and GPU" in capsys.readouterr().err
