@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks import counters, figures, growth
-from benchmarks.comparators import COMPILED, LIBMTL, TIGHT, fused, kept
+from benchmarks.comparators import COMPILED, FOREACH, LIBMTL, TIGHT, fused, kept
 from benchmarks.report import environment_to_text
 from benchmarks.results import Run, Study, Table, paired
 from benchmarks.timing import Quartiles
@@ -109,6 +109,8 @@ OPERATORS = """Copies are `cudaMemcpyAsync` and a kernel that only copies; share
 read and write what the operator must and compute next to nothing; *tight eager* is the operator in torch's own. The
 figure shows float32, for three tasks or a model's parameters."""
 
+GRID = """Shares of copy bandwidth, and how many times as long others take; few rounds each."""
+
 COUNTERS = """What one launch of each operator moved from and to DRAM, as Nsight Compute counts it, beside the byte
 model, in which each byte comes from memory and goes there: T = {T}, P = {P}, float32. What moved less found the rest in
 the caches."""
@@ -195,19 +197,8 @@ def _readme_ready(run: Run) -> Iterator[str]:
 def _readme_gpu(run: Run) -> Iterator[str]:
     yield f"On {run.hardware}, from [`benchmarks/{run.path}`](benchmarks/{run.path})."
     if tables := run.operators():
-        names = dict.fromkeys(name for table in tables for name in table["candidates"])
-        ours = [name for name in names if name.startswith(fused("")) and name != fused("reference")]
-        others = [name for name in (LIBMTL, TIGHT, COMPILED) if name in names]
-        rows = [
-            [
-                table["title"],
-                *(share_of_copy(table, name) for name in ours),
-                *(ratio(table, name, table["ratio_to"], " ×") for name in others),
-            ]
-            for table in tables
-        ]
         yield "Share of copy bandwidth, and how many times as long others take:"
-        yield markdown(["", *ours, *others], rows)
+        yield _in_rows(tables, (LIBMTL, TIGHT, COMPILED))
     if steps := run.of_kind("step"):
         own, bare = steps[0]["facts"]["own"], steps[0]["ratio_to"]
         balanced = dict.fromkeys(name for table in steps for name in table["checks"]["errors"] if name != own)
@@ -221,6 +212,22 @@ def _readme_gpu(run: Run) -> Iterator[str]:
         ]
         yield "Training steps, over a bare loop of T backward passes:"
         yield markdown(["", "`balancer.backward(losses)`", "/ bare loop", *balanced], rows)
+
+
+def _in_rows(tables: Sequence[Table], others: Sequence[str]) -> str:
+    """A row for each table: our backends' shares of copy bandwidth, and times of ``others`` over ours."""
+    names = dict.fromkeys(name for table in tables for name in table["candidates"])
+    ours = [name for name in names if name.startswith(fused("")) and name != fused("reference")]
+    others = [name for name in others if name in names]
+    rows = [
+        [
+            table["title"].removeprefix("grid: "),
+            *(share_of_copy(table, name) for name in ours),
+            *(ratio(table, name, table["ratio_to"], " ×") for name in others),
+        ]
+        for table in tables
+    ]
+    return markdown(["", *ours, *others], rows)
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -256,6 +263,7 @@ def _run(run: Run, newest: Run) -> Iterator[str]:
         ("Real lists of gradients", "lists", LISTS, _of_lists, "lists"),
         ("How cost grows", "", _growth_text(run), _of_growth, "growth"),
         ("Operators", "roofline", OPERATORS, _of_operators, ""),
+        ("From few columns to many, from one task to 64", "", GRID, _of_grid, "grid"),
     ]
     for title, figure, text, tables, kind in sections:
         if run.of_kind(kind):
@@ -330,6 +338,10 @@ def _of_lists(run: Run) -> Iterator[str]:
 def _of_operators(run: Run) -> Iterator[str]:
     for table in run.of_kind(""):
         yield _timings(table, page_faults=False)
+
+
+def _of_grid(run: Run) -> Iterator[str]:
+    yield _in_rows(run.of_kind("grid"), (LIBMTL, TIGHT, FOREACH))
 
 
 def _timings(table: Table, *, page_faults: bool) -> str:

@@ -252,18 +252,19 @@ def of_make_gpu(folder: Path, *arguments: str) -> list[Run]:
     stages["suite"].status = "passed"
     stages["suite"].data = {"counts": {"passed": 7, "failed": 0, "skipped": 2}}
 
-    def operator(title: str) -> dict[str, Any]:
+    def operator(title: str, kind: str = "") -> dict[str, Any]:
         samples = {"cudaMemcpyAsync": [Sample(0.9)], LIBMTL: [Sample(3.0)], "dbmtl_fused cuda": [Sample(1.0)]}
         bars = [Bar(f"{title}: dbmtl_fused cuda", 0.95, True, [0.9], "of copy")]
         errors = {"rtol": 1.0, "errors": {LIBMTL: 0.0, "dbmtl_fused cuda": 0.0}}
         roles: dict[str, Any] = {"copy": "cudaMemcpyAsync", "ratio_to": "dbmtl_fused cuda", "checks": errors}
-        return Section(title, samples, bars, 1000, **roles).to_json()
+        return Section(title, samples, bars, 1000, kind=kind, **roles).to_json()
 
     titles = [f"balance_ {of}, P=11.2M" for of in ("fp32, T=3", "fp32, T=31", "bf16 state and gradients, T=3")]
     titles.append("ema_update_ fp32, ResNet-50, 161 tensors, P=25.56M")
     host = Section("the host's time for a call", {"gram, cuda": [Sample(1e-6)]}, []).to_json()
     settings = {"failures": [], "left_out": ["combine, 16"]}
-    stages["operators"].data = {"sections": [*map(operator, titles), host], "settings": settings}
+    sections = [*map(operator, titles), host, operator("grid: balance_ fp32, T=64, P=0.01M", "grid")]
+    stages["operators"].data = {"sections": sections, "settings": settings}
     steps = [section for section in content["sections"] if section["kind"] == "step"]
     stages["steps"].data = content | {"sections": steps, "left_out": {"step: ViT": "too large"}}
     counted = counters.Report(3, 1_000_000)
@@ -292,7 +293,9 @@ def test_all_that_make_gpu_measured_is_shown(tmp_path: Path) -> None:
     assert "| step: ViT   | too large    |" in part
     assert "**the host's time for a call**" in part
     assert "| balance_ fp32, T=3, P=11.2M                        | 0.90               | 3.00 ×  " in readme
+    assert "| balance_ fp32, T=64, P=0.01M | 0.90               | 3.00 ×" in part
     assert "T=31" not in readme
+    assert "T=64" not in readme
     assert "bf16" not in readme
     (row,) = [line for line in readme.splitlines() if line.startswith("| 8x1024 MLP")]
     columns = ["", "step", "/ bare loop", *on_gpu.of_kind("step")[0]["checks"]["errors"]]  # but ours
