@@ -6,6 +6,8 @@ import torch
 
 ITEM = 4  # bytes of float32
 
+COPY = "copy of as many bytes"
+"""Name of :class:`Copy` among candidates."""
 
 LARGEST = 1_000_000_000
 """Bytes of two buffers beyond which they are copied several times instead: memory is for what is measured."""

@@ -11,8 +11,8 @@ from contextlib import nullcontext
 from operator import attrgetter
 
 from benchmarks import comparators, list_comparators, shapes
-from benchmarks.bandwidth import Copy, fused_bytes
-from benchmarks.bench_ops import BETA, COPY, Ready
+from benchmarks.bandwidth import COPY, Copy, fused_bytes
+from benchmarks.bench_ops import BETA, Ready
 from benchmarks.list_comparators import KINDS, SHIPPED, TIGHT, Candidate, Lists
 from benchmarks.plan import Options, Table, free_bytes, require_memory
 from benchmarks.report import Section

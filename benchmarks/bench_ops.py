@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import comparators
-from benchmarks.bandwidth import ITEM, LARGEST, Copy, fused_bytes
+from benchmarks.bandwidth import COPY, ITEM, LARGEST, Copy, fused_bytes
 from benchmarks.comparators import ALLOCATING, COMPILED, LIBMTL, TIGHT, OneShot
 from benchmarks.graph_timing import Calls, buffer_sets, graph_timer
 from benchmarks.plan import Options, Table, free_bytes, require_memory
@@ -34,7 +34,6 @@ SHAPES = ((3, 11_200_000), (11, 2_000_000), (3, 100_000))
 QUICK_SHAPES = ((3, 10_000), (2, 1_000))
 BETA = 0.9
 SAMPLE_SECONDS = 5e-3
-COPY = "copy of as many bytes"
 TARGETS = {LIBMTL: 10.0, TIGHT: 1.5}
 
 SERIES_T, SERIES_P = 3, 4_000_000

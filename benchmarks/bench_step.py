@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import qm9_folder, steps, torchjd_steps
-from benchmarks.bandwidth import ITEM, LARGEST, Copy, fused_bytes
+from benchmarks.bandwidth import COPY, ITEM, LARGEST, Copy, fused_bytes
 from benchmarks.graph_timing import synchronize
 from benchmarks.models import Problem, Size
 from benchmarks.molecule_model import GEOMETRY, TARGETS, Molecules
@@ -36,7 +36,6 @@ from benchmarks.vision_models import Vision
 from benchmarks.workers import PAUSE, Here, Worker
 
 SIZE, QUICK_SIZE = Size(), Size(depth=2, width=64, batch=8)
-COPY = "copy of as many bytes"
 COPY_SHARE = {"cpu": 0.8, "cuda": 0.9}
 """The bar on added time is what moving the bytes would take at this share of copy bandwidth,"""
 LAUNCHES = {"cpu": 0.0, "cuda": 10e-6}

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.comparators import EPS, libmtl_sum, relative_error
 from benchmarks.gpu_problems import BETA
 from benchmarks.shapes import Shape
-from benchmarks.step_base import weights_of
+from benchmarks.step_base import views_of, weights_of
 from benchmarks.steps import foreach_sum
 from dbmtl_fused import backends
 from dbmtl_fused.layout import FlatLayout
@@ -34,11 +34,6 @@ class Lists:
             [torch.randn(shape, device=device, generator=random).mul_(scale) for shape in params] for scale in scales
         ]
         self.T, self.P, self.device = T, sum(grad.numel() for grad in self.grads[0]), device
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """The part of each parameter of a vector of ``P``, in its shape."""
-        parts = flat.split([grad.numel() for grad in self.grads[0]])
-        return [part.view_as(grad) for part, grad in zip(parts, self.grads[0], strict=True)]
 
     def error(self, found: Sequence[Tensor]) -> float:
         """Of what the first step from zero left, against float64."""
@@ -75,7 +70,7 @@ class LibMTL(Candidate):
         for t, grads in enumerate(self.lists.grads):
             matrix[t] = self._vector(grads)
         self.ema = matrix + BETA * (self.ema - matrix)
-        return [part.clone() for part in self.lists.views(libmtl_sum(self.ema))]
+        return [part.clone() for part in views_of(libmtl_sum(self.ema), self.lists.grads[0])]
 
     def _vector(self, grads: Sequence[Tensor]) -> Tensor:
         vector, start = torch.zeros(self.lists.P, device=self.gathered_on or self.lists.device), 0
@@ -104,7 +99,7 @@ class TightFlatten(Candidate):
             torch.cat([grad.view(-1) for grad in grads], out=row)
         self.ema.lerp_(self.matrix, 1 - BETA)
         torch.mv(self.ema.t(), weights_of(self.ema), out=self.out)
-        return self.lists.views(self.out)
+        return views_of(self.out, self.lists.grads[0])
 
 
 class Foreach(Candidate):

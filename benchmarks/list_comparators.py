@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.bandwidth import ITEM, LARGEST
 from benchmarks.comparators import EPS, FOREACH, libmtl_sum
 from benchmarks.shapes import Shape
-from benchmarks.step_base import weights_of
+from benchmarks.step_base import views_of, weights_of
 from benchmarks.steps import OURS, foreach_sum
 from dbmtl_fused import DBMTL
 
@@ -29,11 +29,6 @@ class Lists:
         self.P = sum(p.numel() for p in self.params)
         scales = torch.logspace(-2, 2, T).tolist()
         self.grads = [[torch.randn(shape, generator=random).mul_(scale) for shape in shapes] for scale in scales]
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """The part of each parameter of a vector of ``P``, in its shape."""
-        parts = flat.split([p.numel() for p in self.params])
-        return [part.view_as(p) for p, part in zip(self.params, parts, strict=True)]
 
     def write(self, grads: Sequence[Tensor | None]) -> None:
         """Make them the parameters' ``.grad``."""
@@ -81,7 +76,7 @@ class LibMTLShipped(Candidate):
         for t, grads in enumerate(self.lists.grads):
             matrix[t] = self._vector(grads)
         self.ema = matrix + self.beta * (self.ema - matrix)
-        self.lists.write([part.clone() for part in self.lists.views(libmtl_sum(self.ema))])
+        self.lists.write([part.clone() for part in views_of(libmtl_sum(self.ema), self.lists.params)])
 
     def _vector(self, grads: Sequence[Tensor]) -> Tensor:
         vector = torch.zeros(self.lists.P)
@@ -106,7 +101,7 @@ class TightFlatten(Candidate):
             torch.cat([grad.view(-1) for grad in grads], out=row)
         self.ema.lerp_(self.matrix, 1 - self.beta)
         torch.mv(self.ema.t(), weights_of(self.ema), out=self.out)
-        self.lists.write(self.lists.views(self.out))
+        self.lists.write(views_of(self.out, self.lists.params))
 
 
 class Foreach(Candidate):

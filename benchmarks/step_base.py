@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,9 +52,8 @@ class Balanced(Step):
         return torch.zeros(self.size.tasks, self.size.P, device=self.model.shared()[0].device)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The part of each shared parameter of a vector of ``P``, in its shape."""
-        shared = self.model.shared()
-        return [part.view_as(p) for p, part in zip(shared, flat.split([p.numel() for p in shared]), strict=True)]
+        """The part of each shared parameter of a vector of ``P``."""
+        return views_of(flat, self.model.shared())
 
     def write_grads(self, flat: Tensor) -> None:
         """Make every shared ``.grad`` a view of its part of ``flat``."""
@@ -64,6 +64,11 @@ class Balanced(Step):
 def logs_of(losses: list[Tensor]) -> list[Tensor]:
     """What DB-MTL balances."""
     return [torch.log(l + LOG_EPS) for l in losses]
+
+
+def views_of(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The part of each of ``like`` of a vector of as many numbers, in its shape."""
+    return [part.view_as(of) for of, part in zip(like, flat.split([of.numel() for of in like]), strict=True)]
 
 
 def weights_of(ema: Tensor) -> Tensor:

@@ -391,7 +391,7 @@ def test_what_allocates_is_measured_in_both_states_of_the_heap(monkeypatch: pyte
     monkeypatch.setattr(comparators, "factories", lambda **_: kinds)
     section = bench_ops._shape("title", T, P, [comparators.LIBMTL], MEASURED)
     again = [comparators.kept(name) for name in comparators.ALLOCATING]
-    assert list(section.samples) == [bench_ops.COPY, *kinds, *again]
+    assert list(section.samples) == [bandwidth.COPY, *kinds, *again]
     faults = {name: min(sample.page_faults for sample in of) for name, of in section.samples.items()}
     pages = T * P * 4 / 4096
     assert faults[comparators.LIBMTL] > pages
@@ -415,7 +415,7 @@ def test_where_malloc_cannot_be_told_to_keep_memory_that_is_said(monkeypatch: py
 
 def test_a_table_of_lists_is_measured_in_a_process_of_its_own() -> None:
     section = bench_lists._model("title", "few", bench_lists.QUICK["two layers"], MEASURED)
-    assert list(section.samples) == [bench_lists.COPY, *list_comparators.KINDS]
+    assert list(section.samples) == [bandwidth.COPY, *list_comparators.KINDS]
     assert section.checks["errors"].keys() == list_comparators.KINDS.keys()
 
 
