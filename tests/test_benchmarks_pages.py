@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -341,6 +342,27 @@ def test_a_study_stands_between_its_own_markers() -> None:
     of = [results.Study("b", "| found |\n", {})]
     page = pages.results_page(f"1\n{begin}\nold\n{end}\n2", of)
     assert page == f"1\n{begin}\n\n| found |\n\n{end}\n2"
+
+
+def test_readme_says_what_the_studies_found() -> None:
+    """Points of Δp, seeds averaged."""
+    found = {study.name: study.content["results"] for study in STUDIES}
+
+    def points(study: str, method: str) -> float:
+        return statistics.fmean(of["delta_p"] for of in found[study][method])
+
+    problems = ["digits", "qm9_slice"]
+    ahead, behind = (
+        [round(abs(points(study, "DB-MTL") - points(study, other))) for study in problems]
+        for other in ("EW", "log only")
+    )
+    readme = (ROOT / "README.md").read_text().replace("\n", " ")
+    assert f"ahead of equal weighting ({ahead[0]} and {ahead[1]} points of Δp)" in readme
+    assert f"behind the log alone ({behind[0]} and {behind[1]} points)" in readme
+    assert all(points(study, "DB-MTL") < points(study, "log only") for study in problems)
+    assert max(abs(points("adult", method)) for method in found["adult"] if method != "EW") < 0.05
+    leads = f"({points('qm9', 'DB-MTL'):.0f} points of Δp, the log alone {points('qm9', 'log only'):.0f})"
+    assert f"on all of QM9 it leads {leads}" in readme
 
 
 def test_training_curves_are_means_over_tasks() -> None:
