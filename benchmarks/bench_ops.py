@@ -28,7 +28,16 @@ from benchmarks.graph_timing import Calls, buffer_sets, graph_timer
 from benchmarks.plan import Options, Table, free_bytes, require_memory
 from benchmarks.report import Section
 from benchmarks.timing import Bar, Sample, Samples, calls_lasting, interleave, per_round, sample
-from benchmarks.workers import PAUSE, SETTLING_CALLS, Here, Worker, can_keep_memory, keep_memory, leaving_no_holes
+from benchmarks.workers import (
+    KEPT_BY_DEFAULT,
+    PAUSE,
+    SETTLING_CALLS,
+    Here,
+    Worker,
+    can_keep_memory,
+    keep_memory,
+    leaving_no_holes,
+)
 
 SHAPES = ((3, 11_200_000), (11, 2_000_000), (3, 100_000))
 QUICK_SHAPES = ((3, 10_000), (2, 1_000))
@@ -68,7 +77,9 @@ def _shape(title: str, T: int, P: int, judged: list[str], options: Options) -> S
     groups = [_Group(kinds)]
     notes = [] if options.compiled else [f"left out: {COMPILED} (--compile)"]
     again = {comparators.kept(name): kinds[name] for name in ALLOCATING}
-    if _keeps(options):
+    if T * P * ITEM <= KEPT_BY_DEFAULT:
+        notes.append(f"malloc keeps blocks of up to {KEPT_BY_DEFAULT >> 20} MB anyway")
+    elif _keeps(options):
         groups.append(_Group(again, copied=False, kept=True))
     else:
         why = "--quick runs in one process" if options.quick else "malloc is not glibc's"

@@ -43,6 +43,7 @@ DRY_OUT = ROOT / "build" / "gpu-dry"
 COMMIT = "DBMTL_FUSED_COMMIT"
 """A variable that says which commit this is, for :mod:`benchmarks.gpu_info` where git does not."""
 PACKAGE = "dbmtl_fused"
+ALL = "all"
 BUILD_RECORDS = {"_C": "_build_error.txt", "_C_cuda": "_build_error_cuda.txt"}
 """The native modules, and what setup.py leaves instead of one that it could not build."""
 
@@ -362,8 +363,8 @@ STAGES: dict[str, Stage] = {
 }
 """Every stage, in the order in which they run. What earlier ones leave of their time, later ones have."""
 
-DEFAULT_STAGES = ("build", "info", "parity", "suite", "soak")
-"""Whether it is right at all; what it costs is asked in further calls, as docs/gpu-log.md says."""
+MINUTES = 60.0
+"""About the limits of all stages together; docs/gpu-log.md says how to go about it with less."""
 
 
 class Report:
@@ -664,10 +665,10 @@ def _parse(argv: Sequence[str] | None) -> Options:
     )
     help_ = f"folder for gpu.json and gpu.txt (default: $OUT; {_shown(DEFAULT_OUT)}; of a dry run {_shown(DRY_OUT)})"
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help=help_)
-    stages = ",".join(DEFAULT_STAGES)
-    parser.add_argument("--stages", default=stages, help="comma-separated, or all (default: %(default)s)")
+    parser.add_argument("--stages", default=ALL, help="comma-separated (default: %(default)s)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together (default: 9)")
+    help_ = "for all stages together (default: %(default)s)"
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=help_)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs")
     parser.add_argument("--compile", action="store_true", help="operators: time torch.compile(reference) too")
     parser.add_argument("--tests", default="", help="suite: pytest's arguments instead of the default selection")
@@ -683,7 +684,7 @@ def _parse(argv: Sequence[str] | None) -> Options:
     parsed["out"] = Path(parsed["out"] or (DRY_OUT if dry else DEFAULT_OUT))
     if dry and parsed["out"].resolve() == DEFAULT_OUT:
         parser.error(f"--out must not be {_shown(DEFAULT_OUT)} in a dry run, which measures nothing")
-    wanted = list(STAGES) if parsed["stages"] == "all" else parsed["stages"].split(",")
+    wanted = list(STAGES) if parsed["stages"] == ALL else parsed["stages"].split(",")
     if unknown := [name for name in wanted if name not in STAGES]:
         parser.error(f"--stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
     parsed |= {name: parsed[name].resolve() for name in ("out", "data")}

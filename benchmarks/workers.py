@@ -36,6 +36,8 @@ stay in malloc's cache of small blocks, up to seven of a size, and the hole with
 
 _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # malloc.h
 _MB = 1 << 20
+KEPT_BY_DEFAULT = 32 * _MB
+"""Bytes of a block up to which glibc's malloc, once it has freed one as large, no longer maps it anew every time."""
 
 
 class Worker:
@@ -96,9 +98,9 @@ def can_keep_memory() -> bool:
 def keep_memory() -> None:
     """Let malloc keep what it gets from now on, in this process and for good.
 
-    By default it maps a block of more than 32 MB anew every time, page by page as it is written, unless something
-    freed earlier left a hole as large. So what a call that allocates costs would depend on what ran before. Here it
-    settles after :data:`SETTLING_CALLS`.
+    By default it maps a block beyond :data:`KEPT_BY_DEFAULT` anew every time, page by page as it is written, unless
+    something freed earlier left a hole as large. So what a call that allocates costs would depend on what ran before.
+    Here it settles after :data:`SETTLING_CALLS`.
     """
     _set_malloc({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})  # no block by mmap, and the heap never shrinks
 
@@ -112,7 +114,7 @@ def leaving_no_holes() -> Iterator[None]:
         return
     _set_malloc({_MMAP_THRESHOLD: _MB})
     yield
-    _set_malloc({_MMAP_THRESHOLD: 32 * _MB, _TRIM_THRESHOLD: 64 * _MB})
+    _set_malloc({_MMAP_THRESHOLD: KEPT_BY_DEFAULT, _TRIM_THRESHOLD: 2 * KEPT_BY_DEFAULT})
 
 
 def _set_malloc(values: Mapping[int, int]) -> None:

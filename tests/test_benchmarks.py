@@ -407,6 +407,9 @@ def test_what_allocates_is_measured_in_both_states_of_the_heap(monkeypatch: pyte
 
 def test_where_malloc_cannot_be_told_to_keep_memory_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_ops, "can_keep_memory", lambda: False)
+    small = bench_ops._shape("title", 2, 1_000, [], MEASURED)
+    assert "malloc keeps blocks of up to 32 MB anyway" in small.notes
+    monkeypatch.setattr(bench_ops, "KEPT_BY_DEFAULT", 0)  # no matrix is small
     section = bench_ops._shape("title", 2, 1_000, [], MEASURED)
     assert f"left out: {comparators.kept(comparators.LIBMTL)} (malloc is not glibc's)" in section.notes
     assert comparators.kept(comparators.LIBMTL) not in section.samples
