@@ -31,6 +31,7 @@ from benchmarks.timing import Bar, Sample, Samples, calls_lasting, interleave, p
 from benchmarks.workers import (
     KEPT_BY_DEFAULT,
     PAUSE,
+    ROUNDS_PER_PROCESS,
     SETTLING_CALLS,
     Here,
     Worker,
@@ -219,8 +220,22 @@ class _Measured(NamedTuple):
 
 
 def _measure(title: str, T: int, P: int, groups: Sequence[_Group], rounds: int, options: Options) -> _Measured:
-    """Each group in a fresh process; on a GPU, and in a quick run, in this one."""
+    """Each group in a process that is replaced now and then; on a GPU, and in a quick run, in this one."""
     here = options.quick or options.device.type == "cuda"
+    measured = _Measured({}, {}, {})
+    rounds_of_one = rounds if here else ROUNDS_PER_PROCESS
+    for start in range(0, rounds, rounds_of_one):
+        part = _in_processes(title, T, P, groups, min(rounds_of_one, rounds - start), options, here)
+        for name, taken in part.samples.items():
+            measured.samples.setdefault(name, []).extend(taken)
+        measured.errors.update(part.errors)
+        measured.calls.update(part.calls)
+    return measured
+
+
+def _in_processes(
+    title: str, T: int, P: int, groups: Sequence[_Group], rounds: int, options: Options, here: bool
+) -> _Measured:
     measured = _Measured({}, {}, {})
     takers: dict[str, Callable[[], Sample]] = {}
     with ExitStack() as stack:

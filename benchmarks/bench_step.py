@@ -33,7 +33,7 @@ from benchmarks.report import Section
 from benchmarks.steps import AFTER, FORWARD, IN_HOOK, ONE_BACKWARD, OURS
 from benchmarks.timing import Bar, Sample, Samples, calls_lasting, interleave, per_round, sample
 from benchmarks.vision_models import Vision
-from benchmarks.workers import PAUSE, Here, Worker
+from benchmarks.workers import PAUSE, ROUNDS_PER_PROCESS, Here, Worker
 
 SIZE, QUICK_SIZE = Size(), Size(depth=2, width=64, batch=8)
 COPY_SHARE = {"cpu": 0.8, "cuda": 0.9}
@@ -41,7 +41,6 @@ COPY_SHARE = {"cpu": 0.8, "cuda": 0.9}
 LAUNCHES = {"cpu": 0.0, "cuda": 10e-6}
 """and these seconds for each task."""
 
-ROUNDS_PER_PROCESS = 5
 SAMPLE_SECONDS = 0.2
 GREEDIEST = ("LibMTL", "TorchJD")
 """How the names begin of those that hold several matrices at once: where memory is short, they give way in turn."""

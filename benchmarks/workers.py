@@ -30,6 +30,9 @@ _FORKED.set_forkserver_preload(["torch"])
 PAUSE = 0.02
 """Seconds between turns of two processes, in which the OpenMP threads of the first stop spinning (5 ms as measured)."""
 
+ROUNDS_PER_PROCESS = 5
+"""After which a process is replaced: where its memory and its threads lie, and so its times, is its own luck."""
+
 SETTLING_CALLS = 16
 """After which what allocates finds all it needs in a heap that keeps memory. At first slivers beside each aligned block
 stay in malloc's cache of small blocks, up to seven of a size, and the hole without them is too small for the next."""
