@@ -48,7 +48,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 def compute_dtype(state_dtype: torch.dtype) -> torch.dtype:
     """What is computed in, and what norms, weights and coefficients are held in: float32, or float64 for float64."""
-    return torch.promote_types(state_dtype, torch.float32)
+    return torch.float64 if state_dtype is torch.float64 else torch.float32
 
 
 def _define(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -104,7 +104,7 @@ def check_finite_float(
     name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, below: float = math.inf
 ) -> None:
     """Raise unless ``value`` is a finite number with ``above < value``, ``low <= value`` and ``value < below``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):  # the last takes longest to ask
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (math.isfinite(value) and above < value and low <= value < below):
         rules = (
@@ -154,6 +154,8 @@ def _check_matrix(name: str, matrix: Tensor, dtypes: tuple[torch.dtype, ...]) ->
         raise TypeError(f"{name} must have one of the dtypes {dtypes}, got {matrix.dtype}")
     if matrix.dim() != 2:
         raise ValueError(f"{name} must have shape (T, P), got {tuple(matrix.shape)}")
+    if matrix.is_contiguous():
+        return
     T, P = matrix.shape
     if (P > 1 and matrix.stride(1) != 1) or (T > 1 and matrix.stride(0) < P):
         raise ValueError(

@@ -22,7 +22,6 @@ NO_KERNEL = {
     "empty",
     "empty_like",
     "new_empty",
-    "promote_types",
     "slice",
     "unbind",
     "view",
