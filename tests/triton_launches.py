@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dbmtl_fused._ops import compute_dtype
 from dbmtl_fused.layout import FlatLayout
-from dbmtl_fused.triton_kernels import balance, begin_step, combine, ema_update, gram
+from dbmtl_fused.triton_kernels import balance, begin_step, combine, ema_update, gradients, gram
 
 P = 10_000_384  # long enough for the launch parameters of large matrices; rows are aligned
 MULTIPROCESSORS = 132
@@ -40,6 +40,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
     """``record(module, function, *args)``: the last launch of a kernel of ``module`` by ``function``."""
     for module in (balance, begin_step, combine, ema_update, gram):
         monkeypatch.setattr(module, "on_device", lambda tensor: nullcontext())
+    monkeypatch.setattr(gradients, "current_stream", lambda device: 0)
     for module in (balance, gram):
         monkeypatch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
     monkeypatch.setattr(balance, "target", lambda: "cuda")

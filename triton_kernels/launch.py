@@ -24,8 +24,9 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
 
 
 def current_stream(device: torch.device) -> int:
-    """The stream of launches on ``device``, the current one: memory that one has filled is not ready for another."""
-    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
+    """The stream of launches on ``device``: memory that one has filled is not ready for another. A CPU, where the
+    interpreter runs, has none."""
+    return 0 if device.type == "cpu" else triton.runtime.driver.active.get_current_stream(device.index)
 
 
 def is_capturing(device: torch.device) -> bool:
