@@ -394,7 +394,7 @@ def test_what_allocates_is_measured_in_both_states_of_the_heap(monkeypatch: pyte
     assert list(section.samples) == [bandwidth.COPY, *kinds, *again]
     faults = {name: min(sample.page_faults for sample in of) for name, of in section.samples.items()}
     pages = T * P * 4 / 4096
-    assert faults[comparators.LIBMTL] > pages
+    assert faults[comparators.LIBMTL] > 0.9 * pages  # of one matrix at least
     assert faults[comparators.kept(comparators.LIBMTL)] < 0.01 * pages
     assert section.checks["errors"].keys() == {*kinds, *again}
     (bar,) = section.bars
