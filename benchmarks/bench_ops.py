@@ -236,6 +236,7 @@ def _measure(title: str, T: int, P: int, groups: Sequence[_Group], rounds: int, 
 def _in_processes(
     title: str, T: int, P: int, groups: Sequence[_Group], rounds: int, options: Options, here: bool
 ) -> _Measured:
+    """``rounds`` of all groups by turns, each group in one process."""
     measured = _Measured({}, {}, {})
     takers: dict[str, Callable[[], Sample]] = {}
     with ExitStack() as stack:

@@ -274,17 +274,9 @@ def measure_combine(run: Run, T: int, P: int, dtypes: Dtypes) -> None:
         errors = relative_error(sets[0].out, exact), relative_error(sets[0].out_sq_norm, exact.square().sum())
         return max(errors)
 
-    def subject(calls: Calls) -> Subject:
-        return Subject(calls, functools.partial(error, calls[0]))
-
-    subjects: dict[str, Callable[[], Subject]] = {}
-    if dtypes == FP32:
-        subjects[TIGHT] = functools.partial(subject, [of.combine_eagerly for of in sets])
     chosen, left_out = run.backends_for(T, P)
-    for backend in chosen:
-        op = backends.operators(backend).combine
-        subjects[fused(backend)] = functools.partial(subject, [functools.partial(of.combine, op) for of in sets])
-
+    eagerly = Matrices.combine_eagerly if dtypes == FP32 else None
+    subjects = _operator("combine", Matrices.combine, eagerly, sets, chosen, error)
     streams = _stream(sets, update=False) if _has_streams(run, dtypes) else None
     title = f"combine {dtypes}, T={T}, P={P / 1e6:.4g}M"
     samples, errors, better = _measure(run, title, subjects, moved, streams, dtypes.rtol, run.rounds)
@@ -311,16 +303,8 @@ def measure_gram(run: Run, T: int, P: int, dtypes: Dtypes) -> None:
         call()
         return relative_error(sets[0].products / scales.outer(scales), exact)
 
-    def subject(calls: Calls) -> Subject:
-        return Subject(calls, functools.partial(error, calls[0]))
-
-    subjects: dict[str, Callable[[], Subject]] = {}
-    if dtypes == FP32:
-        subjects[TIGHT] = functools.partial(subject, [of.gram_eagerly for of in sets])
-    for backend in reversed(run.kernels):
-        op = backends.operators(backend).gram
-        subjects[fused(backend)] = functools.partial(subject, [functools.partial(of.gram, op) for of in sets])
-
+    eagerly = Matrices.gram_eagerly if dtypes == FP32 else None
+    subjects = _operator("gram", Matrices.gram, eagerly, sets, run.kernels[::-1], error)
     title = f"gram {dtypes}, T={T}, P={P / 1e6:.4g}M"
     samples, errors, better = _measure(run, title, subjects, moved, None, dtypes.rtol, run.rounds)
     _publish(run, title, samples, _beside_triton(title, samples), moved, better, errors, dtypes.rtol, len(sets))
@@ -345,16 +329,8 @@ def measure_ema_update(run: Run, model: str, params: Sequence[shapes.Shape], dty
         call()
         return max(relative_error(first.row, exact), relative_error(first.sq_norm, exact_sq_norm))
 
-    def subject(calls: Calls) -> Subject:
-        return Subject(calls, functools.partial(error, calls[0]))
-
-    subjects: dict[str, Callable[[], Subject]] = {}
-    if dtypes == FP32:
-        subjects[TIGHT] = functools.partial(subject, [of.ema_update_eagerly for of in sets])
-    for backend in reversed(run.kernels):
-        op = backends.operators(backend).ema_update_
-        subjects[fused(backend)] = functools.partial(subject, [functools.partial(of.ema_update_, op) for of in sets])
-
+    eagerly = RowLists.ema_update_eagerly if dtypes == FP32 else None
+    subjects = _operator("ema_update_", RowLists.ema_update_, eagerly, sets, run.kernels[::-1], error)
     streams: Calls | None = None
     if _has_streams(run, dtypes):
         from benchmarks import stream_kernels
@@ -447,6 +423,32 @@ def measure_host(run: Run, T: int, P: int, params: Sequence[shapes.Shape]) -> No
     samples = interleave(timers, run.rounds, warmup=2, title=title)
     bars = [bar for name in functions for bar in _beside_triton(title, samples, name)]
     run.sections.append(Section(title, samples, bars))
+
+
+def _operator(
+    name: str,
+    call: Callable[..., None],
+    eagerly: Callable[..., None] | None,
+    sets: Sequence[object],
+    chosen: Sequence[str],
+    error: Callable[[Callable[[], object]], float],
+) -> dict[str, Callable[[], Subject]]:
+    """The operator ``name`` of every backend that is ``chosen``, and before them torch's own way.
+
+    :param call, eagerly: Of a buffer set, with the operator and without.
+    :param error: Of a call on the first set.
+    """
+
+    def subject(calls: Calls) -> Subject:
+        return Subject(calls, functools.partial(error, calls[0]))
+
+    subjects: dict[str, Callable[[], Subject]] = {}
+    if eagerly is not None:
+        subjects[TIGHT] = functools.partial(subject, [functools.partial(eagerly, of) for of in sets])
+    for backend in chosen:
+        op = getattr(backends.operators(backend), name)
+        subjects[fused(backend)] = functools.partial(subject, [functools.partial(call, of, op) for of in sets])
+    return subjects
 
 
 def _matrices(run: Run, T: int, P: int, dtypes: Dtypes, touched: int) -> list[Matrices]:

@@ -125,7 +125,7 @@ def _bench(folder: Path, names: str) -> Iterator[Run]:
 
 def _gpu(folder: Path) -> Iterator[Run]:
     """The report of all stages: the machine of one of them, the tables of others. A dry run without a GPU or at tiny
-    sizes, which ``make gpu`` leaves in the same place, measures nothing."""
+    sizes, should one be there, measures nothing."""
     path = folder / "gpu" / "gpu.json"
     content = json.loads(path.read_text()) if path.exists() else None
     if content is None or content["settings"]["device"] != "cuda" or content["settings"]["quick"]:

@@ -202,9 +202,7 @@ class _Rows:
         accumulate: bool = False,
         is_last: bool = False,
     ) -> None:
-        """
-        :param is_last: Of the step, which it counts.
-        """
+        """Weights of ``tasks``, and the weighted sum of ``rows``; the last one of a step counts it."""
         step = self._step
         self._ops.combine(
             rows,
