@@ -10,6 +10,9 @@ namespace dbmtl_fused {
 
 constexpr int64_t kChunk = 4096;  // CHUNK of _ops.py: columns summed into one partial squared norm
 
+// NEGATIVE_LOSS_TOLERANCE of _ops.py: under the log, a loss that is no further below zero counts as zero.
+constexpr double kNegativeLossTolerance = 1e-6;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct BFloat16 {
@@ -22,6 +25,13 @@ constexpr bool kIsRounded = std::is_same_v<State, BFloat16>;
 
 template <class State>
 using RealOf = std::conditional_t<kIsRounded<State>, float, State>;
+
+// ENTRY_LIMIT of _ops.py: an entry of the EMA that would be larger stays as it was, so that no squared norm overflows.
+// It is a bfloat16: no random step of the rounding goes beyond it.
+template <class Real>
+constexpr Real kEntryLimit = Real{0x1p46F};
+template <>
+inline constexpr double kEntryLimit<double> = 0x1p490;
 
 // Element type of gradients and of `out`; the state's is the template argument.
 enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kFloat64 };

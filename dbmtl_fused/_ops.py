@@ -14,8 +14,10 @@ Shared conventions:
   other state; which random bits it stands for is written down in :mod:`dbmtl_fused.rounding`. Norms are those of the
   stored values.
 * Gradients and ``out`` may be float32, bfloat16, float16 or float64, whatever the state.
-* ``found_inf`` (0-d float32, as in ``torch.amp``) is read and written: an EMA entry whose update is not finite stays
-  as it was and sets it to 1; once it is set, ``weights`` and with them ``out`` are NaN.
+* ``found_inf`` (0-d float32, as in ``torch.amp``) is read and written: an EMA entry whose update is beyond
+  :data:`ENTRY_LIMIT` in magnitude, or NaN, stays as it was and sets it to 1; once it is set, ``weights`` and with them
+  ``out`` are NaN.
+* Norms come from sums of squares, so that those below about 1e-19 count as zero (float64: 1e-154).
 * No operator returns what it mutates; ``P = 0`` is legal.
 """
 
@@ -42,6 +44,13 @@ STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 ALPHA_MODES = ("max", "min", "mean", "median", "constant", "none")
 """What ``alpha`` is made of; ``"none"`` switches the magnitude balancing off (weights 1)."""
+
+ENTRY_LIMIT = {torch.float32: 2.0**46, torch.float64: 2.0**490}
+"""Largest magnitude of an entry of the EMA, by what is computed in: the squares of 1e10 such entries have a finite sum.
+A bfloat16 number, so that an update within the limit is rounded to one within it."""
+
+NEGATIVE_LOSS_TOLERANCE = 1e-6
+"""Under the log, a loss that is no further below zero counts as zero: rounding makes such losses of, say, 1 - cos."""
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -109,12 +118,16 @@ def _begin_step_fake(
     All that a step knows before its first backward pass, in one go (paper, Algorithm 1: the gradient of the log, and
     the coefficient of iteration ``k = step + 1``)::
 
-        unusable  = active and not (isfinite(losses) and losses >= 0)      losses >= 0 only under the log
-        seeds     = scale / micro_batches / (losses + log_eps)             without the last factor if log_eps is None;
+        unusable  = active and not (isfinite(losses) and losses >= -1e-6)  the latter only under the log
+        seeds     = scale / micro_batches / (max(losses, 0) + log_eps)     without the last factor if log_eps is None;
                                                                            NaN where unusable, 0 where not active
-        betas     = beta / (step + 1)**beta_sigma                          1 where unusable or not active
-        inv_scale = 1 / scale
+        vanishes  = abs(scale) < tiny                                      smallest normal number of the dtype of betas
+        betas     = beta / (step + 1)**beta_sigma                          1 where unusable or not active, or vanishes
+        inv_scale = 1 / scale                                              1 if vanishes
         found_inf = any(unusable)                                          or as it was, if accumulate
+
+    Gradients times a scale that vanishes cannot be unscaled: all rows stay as they are. The ``1e-6`` is
+    :data:`NEGATIVE_LOSS_TOLERANCE`.
 
     :param losses: Shape ``(T,)``, float32 or float64. Those that are not active may be anything.
     :param active: Which tasks take part, shape ``(T,)``, bool; None: all.

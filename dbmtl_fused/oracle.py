@@ -58,27 +58,33 @@ def begin_step(
     micro_batches: int = 1,
     log_eps: float | None = 1e-8,
     found_inf: bool = False,
+    tiny: Any = 2.0**-126,
 ) -> Begun:
-    """What the backward passes of iteration ``k = 1, 2, ...`` start from, and each row's coefficient, task by task."""
+    """What the backward passes of iteration ``k = 1, 2, ...`` start from, and each row's coefficient, task by task.
+
+    :param tiny: Smallest normal number of the dtype of the coefficients: a smaller scale cannot be divided by.
+    """
     seeds, betas = [], []
+    vanishes = np.abs(real(scale)) < tiny
     seed: Any
     for t, loss in enumerate(real(losses)):
         seed, beta_k = real(scale) / micro_batches, REAL(beta) / REAL(k) ** REAL(beta_sigma)
         if active is not None and not active[t]:
             seed, beta_k = REAL(0), REAL(1)
-        elif not np.isfinite(loss) or (log_eps is not None and loss < 0):
+        elif not np.isfinite(loss) or (log_eps is not None and loss < -1e-6):
             seed, beta_k, found_inf = REAL(np.nan), REAL(1), True
         elif log_eps is not None:
-            seed = seed / (loss + REAL(log_eps))
+            seed = seed / (max(loss, REAL(0)) + REAL(log_eps))
         seeds.append(seed)
-        betas.append(beta_k)
-    return Begun(np.stack(seeds), np.stack(betas), 1 / real(scale), found_inf)
+        betas.append(REAL(1) if vanishes else beta_k)
+    inv_scale = REAL(1) if vanishes else 1 / real(scale)
+    return Begun(np.stack(seeds), np.stack(betas), inv_scale, found_inf)
 
 
 def ema_update(
     ema: Array, grads: Array | None, beta: Any, inv_scale: Any = 1.0, *, accumulate: bool = False, largest: Any = np.inf
 ) -> Ema:
-    """``beta * ema + (1 - beta) * inv_scale * grads``; an entry for which that is not finite stays as it was.
+    """``beta * ema + (1 - beta) * inv_scale * grads``; an entry for which that is beyond its limit stays as it was.
 
     :param grads: None counts as zeros.
     :param accumulate: Add to ``ema`` without decaying it: the second part of one gradient.
@@ -90,8 +96,13 @@ def ema_update(
         if grads is not None and beta != 1:
             stored = _saturate(real(grads), largest)
             updated = updated + (1 - beta) * _saturate(stored * inv_scale, largest)
-        finite = np.isfinite(_saturate(updated, largest))
-    return Ema(np.where(finite, updated, ema), not finite.all())
+        fits = np.abs(updated) <= entry_limit(largest)
+    return Ema(np.where(fits, updated, ema), not fits.all())
+
+
+def entry_limit(largest: Any) -> Any:
+    """Largest entry, by the largest finite number of its dtype; the squares of many such entries have a finite sum."""
+    return REAL(2) ** (46 if largest < REAL(2) ** 128 else 490)
 
 
 def _saturate(values: Array, largest: Any) -> Array:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dbmtl_fused._ops import CHUNK, _library, compute_dtype
+from dbmtl_fused._ops import CHUNK, ENTRY_LIMIT, NEGATIVE_LOSS_TOLERANCE, _library, compute_dtype
 from dbmtl_fused.rounding import random_bits, round_to_bfloat16
 
 
@@ -31,7 +31,7 @@ def _ema_(
     accumulate: bool,
     random: Tensor | None,
 ) -> None:
-    """EMA of one dense stretch of columns, in place, with the non-finite guard.
+    """EMA of one dense stretch of columns, in place; entries beyond the limit stay as they were.
 
     :param random: Random bits of the columns if the state is bfloat16.
     """
@@ -42,9 +42,9 @@ def _ema_(
         added = updated + (1 - beta) * (grad.to(updated.dtype) * inv_scale)
         updated = added.where(beta != 1, updated)
     stored = updated if random is None else round_to_bfloat16(updated, random)
-    finite = updated.isfinite() & stored.isfinite()  # a random step up may overflow
-    found_inf.logical_or_(~finite.all())
-    row.copy_(torch.where(finite, stored, row))
+    within_limit = updated.abs() <= ENTRY_LIMIT[updated.dtype]  # false for NaN
+    found_inf.logical_or_(~within_limit.all())
+    row.copy_(torch.where(within_limit, stored, row))
 
 
 def _chunk_sums(columns: Tensor) -> Tensor:
@@ -75,14 +75,16 @@ def begin_step(
     unusable = ~losses.isfinite()
     derivative = (scale / micro_batches).expand_as(losses)
     if log_eps is not None:
-        unusable |= losses < 0
-        derivative = derivative / (losses + log_eps)
+        unusable |= losses < -NEGATIVE_LOSS_TOLERANCE
+        derivative = derivative / (losses.clamp(min=0) + log_eps)
     absent = torch.zeros_like(unusable) if active is None else ~active
     unusable &= ~absent
     seeds.copy_(derivative.masked_fill(unusable, torch.nan).masked_fill(absent, 0))
     beta_k = beta / (step + 1).double().pow(beta_sigma)
-    betas.copy_(beta_k.expand_as(losses).masked_fill(unusable | absent, 1))
-    inv_scale.copy_(scale.to(inv_scale.dtype).reciprocal())
+    factor = scale.to(betas.dtype)
+    vanishes = factor.abs() < torch.finfo(factor.dtype).tiny
+    betas.copy_(beta_k.expand_as(losses).masked_fill(unusable | absent | vanishes, 1))
+    inv_scale.copy_(factor.reciprocal().masked_fill(vanishes, 1))
     found = unusable.any()
     found_inf.copy_(torch.where(found, 1, found_inf) if accumulate else found)
 

@@ -62,12 +62,14 @@ def assert_accurate(
     assert found <= limit, f"{what}: error {found:.3g}, the reference's is {allowed:.3g}, the limit {limit:.3g}"
 
 
-def ema_magnitude(ema: oracle.Array, grads: oracle.Array, beta: float, *, accumulate: bool = False) -> oracle.Array:
+def ema_magnitude(
+    ema: oracle.Array, grads: oracle.Array, beta: float, *, accumulate: bool = False, largest: Any = np.inf
+) -> oracle.Array:
     """What is added up in one update of the EMA; entries that the guard holds back count as their old value."""
     if beta == 1:  # gradients are not looked at
         return np.abs(ema)
     updated = np.abs(ema) * (1 if accumulate else beta) + (1 - beta) * np.abs(grads)
-    return np.where(np.isfinite(updated), updated, np.abs(ema))
+    return np.where(updated <= oracle.entry_limit(largest), updated, np.abs(ema))
 
 
 def assert_ema(actual: Tensor, reference: Tensor, exact: oracle.Array, magnitude: oracle.Array) -> None:
@@ -129,6 +131,7 @@ def check_begin_step(backend: str, losses: Tensor, step: int, **options: Any) ->
     actual, reference = (run_begin_step(name, losses, step, **options) for name in (backend, "reference"))
     given = {name: value for name, value in options.items() if name not in ("dtype", "accumulate", "found_inf")}
     given["scale"] = float(tensor(options.get("scale", 1.0), losses.dtype))
+    given["tiny"] = torch.finfo(actual.betas.dtype).tiny
     if (active := options.get("active")) is not None:
         given["active"] = active.cpu().numpy()
     flag = bool(options.get("accumulate") and options.get("found_inf"))
@@ -172,7 +175,7 @@ def check_balance(
     reference = run_balance("reference", ema.clone(**dense), grads.clone(**dense), beta, out=reference_out, **options)
 
     actual = run_balance(backend, ema, grads, beta, out=out, **options)
-    magnitude = ema_magnitude(before, given, beta)
+    magnitude = ema_magnitude(before, given, beta, largest=largest)
     assert_ema(actual.ema, reference.ema, expected_ema.ema, magnitude)
     if is_rounded_randomly(ema.dtype):
         stored = array(actual.ema)
@@ -255,23 +258,22 @@ def check_ema_update(
     :param flat_grads: Elements of each gradient in the order of their memory; by default ``grads`` are 1-D.
     """
     flat_grads = grads if flat_grads is None else flat_grads
-    options: dict[str, Any] = {"beta": beta, "inv_scale": inv_scale, "accumulate": accumulate}
-    reference = Row(row.row.clone(), row.segments, row.found_inf.clone()).update("reference", flat_grads, **options)
+    call: dict[str, Any] = {"beta": beta, "inv_scale": inv_scale, "accumulate": accumulate}
+    reference = Row(row.row.clone(), row.segments, row.found_inf.clone()).update("reference", flat_grads, **call)
     exact, flag = array(row.row), bool(row.found_inf)
-    magnitude = np.abs(exact)
+    magnitude, largest = np.abs(exact), torch.finfo(row.row.dtype).max
     for (start, numel, _), grad in zip(row.segments.table.tolist(), flat_grads, strict=True):
         columns = exact[start : start + numel]
         given = np.zeros(numel, dtype=oracle.REAL) if grad is None else array(grad)
         with np.errstate(invalid="ignore"):
             scaled = given * oracle.REAL(inv_scale)
-        magnitude[start : start + numel] = ema_magnitude(columns, scaled, beta, accumulate=accumulate)
-        updated = oracle.ema_update(
-            columns, given, beta, inv_scale, accumulate=accumulate, largest=torch.finfo(row.row.dtype).max
-        )
+        options: dict[str, Any] = {"accumulate": accumulate, "largest": largest}
+        magnitude[start : start + numel] = ema_magnitude(columns, scaled, beta, **options)
+        updated = oracle.ema_update(columns, given, beta, inv_scale, **options)
         exact[start : start + numel] = updated.ema
         flag |= updated.found_inf
 
-    row.update(backend, grads, **options)
+    row.update(backend, grads, **call)
     assert_ema(row.row, reference.row, exact, magnitude)
     if is_rounded_randomly(row.row.dtype):
         exact = array(row.row)

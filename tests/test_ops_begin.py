@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from op_checks import check_begin_step
-from op_inputs import DEVICE, assert_same_bits, run_begin_step, tensor
+from op_inputs import DEVICE, assert_same_bits, exactly, run_begin_step, tensor
 from torch import Tensor
+
+from dbmtl_fused._ops import NEGATIVE_LOSS_TOLERANCE
 
 LOSS_DTYPES = (torch.float32, torch.float64)
 
@@ -60,7 +62,7 @@ def test_without_an_ema(backend: str, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("loss_dtype", LOSS_DTYPES, ids=str)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1.0, -1e-30])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1.0, -1.001e-6])
 @logs
 def test_losses_without_information(backend: str, loss_dtype: torch.dtype, bad: float, log_eps: float | None) -> None:
     losses = tensor([2.0, bad, 0.0], loss_dtype)
@@ -70,6 +72,24 @@ def test_losses_without_information(backend: str, loss_dtype: torch.dtype, bad: 
     begun = check_begin_step(backend, losses, 3, log_eps=log_eps, active=which(True, False, True))
     assert not begun.found_inf
     assert begun.seeds[1] == 0
+
+
+@loss_dtypes
+def test_losses_just_below_zero_count_as_zero(backend: str, loss_dtype: torch.dtype) -> None:
+    """Both sides of the tolerance, to the last bit; -0 is 0."""
+    zero, last = tensor([-0.0], loss_dtype), tensor([-NEGATIVE_LOSS_TOLERANCE], loss_dtype)
+    losses = torch.cat([zero, last / 1e6, last, last.nextafter(tensor([-1.0], loss_dtype))])
+    begun = check_begin_step(backend, losses, 3, scale=3.0, log_eps=0.5)
+    assert begun.seeds[:3].tolist() == [6.0] * 3
+    assert begun.seeds[3].isnan()
+    assert begun.found_inf
+    assert not check_begin_step(backend, losses[:3], 3, log_eps=1e-8).found_inf
+
+
+@loss_dtypes
+def test_without_a_log_the_sign_of_a_loss_means_nothing(backend: str, loss_dtype: torch.dtype) -> None:
+    begun = check_begin_step(backend, tensor([-1e-7, -5.0], loss_dtype), 3, log_eps=None, scale=3.0)
+    assert begun.seeds.tolist() == [3.0, 3.0]
 
 
 def test_nobody_is_there(backend: str, rng: np.random.Generator) -> None:
@@ -85,13 +105,33 @@ def test_flag(backend: str, found_inf: float, accumulate: bool, loss: float) -> 
     check_begin_step(backend, tensor([0.5, loss]), 0, found_inf=found_inf, accumulate=accumulate)
 
 
-@pytest.mark.parametrize("scale", [0.0, -2.0, math.inf, 3e-39, 65536.0])
+@pytest.mark.parametrize("scale", [-2.0, math.inf, -math.inf, math.nan, torch.finfo(torch.float32).tiny, 65536.0])
 def test_scales(backend: str, scale: float) -> None:
     """Of a loss that somebody multiplies, and of gradient scalers."""
     begun = run_begin_step(backend, tensor([0.5, 2.0]), 0, scale=scale)
     exact = tensor(scale)
     assert_same_bits("inv_scale", begun.inv_scale, exact.reciprocal())
     assert_same_bits("seeds", begun.seeds, exact / (tensor([0.5, 2.0]) + 1e-8))
+    assert begun.betas.tolist() == [exactly(0.9)] * 2
+
+
+@dtypes
+@loss_dtypes
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("loss", [0.0, 2.0, math.nan], ids=str)
+def test_scales_that_vanish(backend: str, dtype: torch.dtype, loss_dtype: torch.dtype, sign: int, loss: float) -> None:
+    """What is multiplied by them cannot be unscaled: all rows keep their EMA. Seeds and flag are the losses' alone."""
+    losses, tiny = tensor([loss, 0.5], loss_dtype), torch.finfo(dtype).tiny
+    for scale in (0.0, tiny / 2**10, tiny * (1 - 2.0**-20)):
+        begun = check_begin_step(backend, losses, 3, dtype=dtype, scale=sign * scale, log_eps=1e-3, micro_batches=2)
+        assert begun.betas.tolist() == [1, 1]
+        assert float(begun.inv_scale) == 1
+        assert not begun.seeds[1].isnan()
+        assert bool(begun.found_inf) == math.isnan(loss)
+    if tiny >= torch.finfo(loss_dtype).tiny:
+        begun = check_begin_step(backend, losses, 3, dtype=dtype, scale=sign * tiny)
+        assert begun.betas[1] != 1
+        assert float(begun.inv_scale) == sign / tiny
 
 
 @logs

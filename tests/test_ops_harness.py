@@ -46,6 +46,28 @@ def test_oracle_guard() -> None:
     assert flag
 
 
+@pytest.mark.parametrize(("largest", "limit"), [(3.4e38, 2.0**46), (1.7e308, 2.0**490), (np.inf, 2.0**490)])
+def test_oracle_limit(largest: float, limit: float) -> None:
+    ema, flag = oracle.ema_update([1, 2, 3], [limit, -limit, 4], 0, largest=largest)
+    np.testing.assert_array_equal(ema, [limit, -limit, 4])
+    assert not flag
+    ema, flag = oracle.ema_update([1, 2, 3], [limit * (1 + 2.0**-52), -limit * 2, 4], 0, largest=largest)
+    np.testing.assert_array_equal(ema, [1, 2, 4])
+    assert flag
+
+
+def test_oracle_begin_step() -> None:
+    begun = oracle.begin_step([1, -1e-7, -1e-5, 0], 1, active=[1, 1, 1, 0], scale=2, beta=0.5, log_eps=1)
+    np.testing.assert_array_equal(begun.seeds, [1, 2, np.nan, 0])
+    np.testing.assert_array_equal(begun.betas, [0.5, 0.5, 1, 1])
+    assert begun.inv_scale == 0.5
+    assert begun.found_inf
+    begun = oracle.begin_step([1, 1], 1, scale=1e-40, tiny=1e-38)
+    assert begun.inv_scale == 1
+    assert not begun.found_inf
+    np.testing.assert_array_equal(begun.betas, [1, 1])
+
+
 def test_oracle_accumulates_without_decay() -> None:
     np.testing.assert_array_equal(oracle.ema_update([4], [8], 0.75, 0.5, accumulate=True).ema, [5])
 

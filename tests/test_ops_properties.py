@@ -21,7 +21,7 @@ from dbmtl_fused import oracle
 seeds = st.integers(0, 2**32 - 1)
 columns = st.integers(1, 200) | st.sampled_from([4095, 4096, 4097])
 tasks = st.integers(1, 9)
-exponents = st.integers(-15, 15)  # beyond that, squares leave float32
+exponents = st.integers(-15, 12)  # beyond that, squares leave float32, or entries their limit
 betas = st.sampled_from([0.0, 0.5, exactly(0.9), exactly(0.999)])
 alphas = st.sampled_from(ALPHA_MODES)
 dtypes = st.sampled_from(GRAD_DTYPES)
@@ -44,10 +44,10 @@ def zeros_like(values: oracle.Array) -> Tensor:
     return tensor(np.zeros_like(values))
 
 
-@given(matrices(), betas, alphas, states)
+@given(matrices(st.integers(-15, 20)), betas, alphas, states)
 def test_any_scale(backend: str, grads: oracle.Array, beta: float, alpha: str, state_dtype: torch.dtype) -> None:
-    """Rows between 1e-15 and 1e15 in one matrix, against the oracle."""
-    ema = tensor(np.roll(grads, 1, axis=0), state_dtype)
+    """Rows between 1e-15 and 1e20 in one matrix, against the oracle; the largest do not get into the EMA."""
+    ema = tensor(np.roll(grads, 1, axis=0).clip(-1e13, 1e13), state_dtype)
     check_balance(backend, ema, tensor(grads), beta, alpha=alpha)
 
 
@@ -83,7 +83,7 @@ def test_direction_does_not_depend_on_the_scale_of_one_task(
 @given(matrices(), st.integers(-5, 5))
 def test_scaling_all_tasks_scales_out(backend: str, grads: oracle.Array, power: int) -> None:
     """By a power of two, so bit for bit: only eps could tell magnitudes apart, and it is scaled too."""
-    grads, factor = grads * 1e-3, 2.0**power  # 1e15 * 2**5 squared would be near the end of float32
+    grads, factor = grads * 1e-3, 2.0**power  # 1e12 * 2**5 would be near the limit of entries
     one = run_balance(backend, zeros_like(grads), tensor(grads), 0.5, eps=2.0**-40)
     scaled = run_balance(backend, zeros_like(grads), tensor(grads) * factor, 0.5, eps=2.0**-40 * factor)
     normal = bool(((one.ema.abs() > 1e-17) | (one.ema == 0)).all())  # squares of smaller ones are rounded as subnormals
@@ -179,7 +179,7 @@ def test_flag_raised_before(backend: str, grads: oracle.Array, beta: float, alph
 
 
 @given(moderate)
-@example(np.array([[3e38, 1.0], [0.5, 2.0]]))
+@example(np.array([[2.0**46, 1.0], [0.5, 2.0]]))
 def test_beta_zero_keeps_no_memory(backend: str, grads: oracle.Array) -> None:
     ema = torch.full_like(tensor(grads), -7.0)
     result = run_balance(backend, ema, tensor(grads), 0.0)

@@ -20,6 +20,7 @@ from op_inputs import (
 from torch import Tensor
 
 from dbmtl_fused import backends, rounding
+from dbmtl_fused._ops import ENTRY_LIMIT
 
 WORD = 2**32
 
@@ -108,12 +109,17 @@ def test_small_updates_are_not_lost(backend: str) -> None:
     assert abs(moved - (1 - beta**steps)) < 0.05
 
 
-def test_an_entry_that_rounds_to_infinity_stays(backend: str) -> None:
-    """Half a step beyond the largest bfloat16: down it fits, up it does not."""
-    beyond = torch.finfo(torch.bfloat16).max * (1 + 2.0**-9)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_step_goes_beyond_the_limit(backend: str, sign: int) -> None:
+    """Half a step below it is rounded to it or down; half a step above it is held back, although it could go down."""
+    limit = sign * ENTRY_LIMIT[torch.float32]
     ema = torch.ones(1, 512, dtype=torch.bfloat16, device=DEVICE)
-    result = run_balance(backend, ema, torch.full((1, 512), beyond, device=DEVICE), 0.0)
-    assert set(ema.unique().tolist()) == {1.0, torch.finfo(torch.bfloat16).max}
+    result = run_balance(backend, ema, torch.full((1, 512), limit * (1 - 2.0**-9), device=DEVICE), 0.0)
+    assert set(ema.unique().tolist()) == {limit, limit * (1 - 2.0**-8)}
+    assert not result.found_inf
+    ema.fill_(1)
+    result = run_balance(backend, ema, torch.full((1, 512), limit * (1 + 2.0**-9), device=DEVICE), 0.0)
+    assert (ema == 1).all()
     assert float(result.found_inf) == 1
 
 

@@ -59,10 +59,10 @@ def _update_tile(
     grad = tl.load(grad_pointers, mask=there, other=0.0, eviction_policy="evict_first")
     old = state.to(squares.dtype)
     updated = coefficient * old + (1 - coefficient) * grad.to(squares.dtype)
-    stored, finite = round_state(updated, old, seed + rows, columns, ROUND)
+    stored, within_limit = round_state(updated, old, seed + rows, columns, ROUND)
     tl.store(pointers, stored.to(ema.dtype.element_ty), mask=there)
     squares += tl.sum(fold(stored * stored), axis=2)
-    bad += tl.sum(fold(tl.where(finite, 0.0, 1.0).to(squares.dtype)), axis=2)
+    bad += tl.sum(fold(tl.where(within_limit, 0.0, 1.0).to(squares.dtype)), axis=2)
     return squares, bad
 
 

@@ -1,6 +1,7 @@
 """``begin_step``: from losses to the seeds of their backward passes and the coefficients of their rows.
 
-Math      seed_t = scale / micro_batches / (loss_t + log_eps);   beta_t = beta / (step + 1)^beta_sigma
+Math      seed_t = scale / micro_batches / (max(loss_t, 0) + log_eps);   beta_t = beta / (step + 1)^beta_sigma, 1 where
+          the loss is unusable or scale vanishes;   inv_scale = 1 / scale, 1 where that vanishes
 Traffic   O(T): a launch is all that this costs.
 Parallel  one program of one warp goes through the tasks BLOCK at a time.
 Sync      none.
@@ -16,9 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dbmtl_fused._ops import NEGATIVE_LOSS_TOLERANCE
 from dbmtl_fused.triton_kernels import checks, tuning
-from dbmtl_fused.triton_kernels.device import divide, is_finite
+from dbmtl_fused.triton_kernels.device import divide, is_finite, smallest_normal
 from dbmtl_fused.triton_kernels.launch import on_device
+
+_TOLERANCE = tl.constexpr(NEGATIVE_LOSS_TOLERANCE)
 
 
 @triton.jit
@@ -40,8 +44,10 @@ def begin_step_kernel(
     LOG: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     factor, k = tl.load(scale), tl.load(step) + 1
-    tl.store(inv_scale, divide(1.0, factor.to(inv_scale.dtype.element_ty)))
-    coefficient = _decayed(beta, beta_sigma, k).to(betas.dtype.element_ty)
+    unscaled = factor.to(betas.dtype.element_ty)
+    vanishes = tl.abs(unscaled) < smallest_normal(unscaled.dtype)
+    tl.store(inv_scale, tl.where(vanishes, 1, divide(1.0, unscaled)))
+    coefficient = tl.where(vanishes, 1, _decayed(beta, beta_sigma, k).to(unscaled.dtype))
     derivative = divide(factor, micro_batches.to(factor.dtype))
 
     found = tl.zeros([BLOCK], tl.int32)
@@ -52,8 +58,8 @@ def begin_step_kernel(
         is_active = there if active is None else tl.load(active + tasks, mask=there, other=0) != 0
         usable, seed = is_finite(loss), derivative
         if LOG:
-            usable = usable & (loss >= 0)
-            seed = divide(derivative, loss + tl.cast(log_eps, loss.dtype))
+            usable = usable & (loss >= tl.full([], -_TOLERANCE, loss.dtype))
+            seed = divide(derivative, tl.maximum(loss, 0) + tl.cast(log_eps, loss.dtype))
         seed = tl.where(usable, seed, float("nan"))
         tl.store(seeds + tasks, tl.where(is_active, seed, 0), mask=there)
         tl.store(betas + tasks, tl.where(is_active & usable, coefficient, 1), mask=there)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+
+from dbmtl_fused._ops import ENTRY_LIMIT
 
 # WHOLE says that all columns are below `count`: a mask on a length that is only known at run time costs the 16-byte
 # accesses.
@@ -57,15 +60,25 @@ def is_finite(values):
     return tl.abs(values) < float("inf")
 
 
+@triton.constexpr_function
+def entry_limit(dtype: Any) -> float:
+    """``dbmtl_fused._ops.ENTRY_LIMIT`` of what is computed in."""
+    return ENTRY_LIMIT[torch.float64 if dtype.primitive_bitwidth == 64 else torch.float32]
+
+
+@triton.constexpr_function
+def smallest_normal(dtype: Any) -> float:
+    return torch.finfo(torch.float64 if dtype.primitive_bitwidth == 64 else torch.float32).tiny
+
+
 @triton.jit
 def round_state(updated, old, seed, columns, ROUND: tl.constexpr):
     """What is stored of an update, in the dtype that is computed in, and where the guard let it through."""
-    finite = is_finite(updated)
+    within_limit = tl.abs(updated) <= entry_limit(updated.dtype)  # false for NaN
     if ROUND:
         bits = (updated.to(tl.uint32, bitcast=True) + random_bits(seed, columns)) & 0xFFFF0000
         updated = bits.to(tl.float32, bitcast=True)
-        finite = finite & is_finite(updated)  # a random step up may overflow
-    return tl.where(finite, updated, old), finite
+    return tl.where(within_limit, updated, old), within_limit
 
 
 @triton.constexpr_function

@@ -110,8 +110,8 @@ def _update_chunk(
     decayed = old if ACCUMULATE else coefficient * old
     # Where there is no gradient, neither a zero's sign nor an infinite inv_scale is to change anything.
     updated = tl.where(code == ABSENT, decayed, decayed + (1 - coefficient) * (grad * tl.load(inv_scale)))
-    stored, finite = round_state(updated, old, tl.load(seed) if ROUND else 0, start + offsets, ROUND)
-    if tl.max((~finite).to(tl.int32), axis=0) > 0:
+    stored, within_limit = round_state(updated, old, tl.load(seed) if ROUND else 0, start + offsets, ROUND)
+    if tl.max((~within_limit).to(tl.int32), axis=0) > 0:
         tl.store(found_inf, 1)
     tl.store(partial, tl.sum(stored * stored, axis=0))
     if whole:

@@ -30,10 +30,10 @@ void launch_balance(const Balance<State>& args, ParallelFor parallel_for) {
   const EmaCoefficients<Real> coefficients{*args.beta, 1 - *args.beta, 1};
   const int64_t C = ceil_div(args.P, kChunk);
   std::vector<Real> partials(args.T * C);  // (T, C)
-  std::atomic<bool> all_finite{true};
+  std::atomic<bool> all_within_limit{true};
 
   parallel_for(C, chunk_grain(args.T), [&](int64_t begin, int64_t end) {
-    bool finite = true;
+    bool within_limit = true;
     for (int64_t run = begin; run < end; run += kRun)
       for (int64_t t = 0; t < args.T; ++t)
         for (int64_t c = run; c < std::min(end, run + kRun); ++c) {
@@ -43,11 +43,11 @@ void launch_balance(const Balance<State>& args, ParallelFor parallel_for) {
                           element(args.grads, args.grads_dtype, t * args.grads_stride + start), args.grads_dtype,
                           std::min(kChunk, args.P - start), coefficients, draws_of(args.seed, t, start));
           partials[t * C + c] = chunk.sq_norm;
-          finite &= chunk.finite;
+          within_limit &= chunk.within_limit;
         }
-    if (!finite) all_finite.store(false, std::memory_order_relaxed);
+    if (!within_limit) all_within_limit.store(false, std::memory_order_relaxed);
   });
-  if (!all_finite.load(std::memory_order_relaxed)) *args.found_inf = 1;
+  if (!all_within_limit.load(std::memory_order_relaxed)) *args.found_inf = 1;
 
   std::vector<Real> sq_norms(args.T);
   for (int64_t t = 0; t < args.T; ++t) sq_norms[t] = sum_in_order(partials.data() + t * C, C);

@@ -1,6 +1,7 @@
 // EMA of adjacent columns of one row, in place, and their squared norm: ema_update_, and phase 1 of balance_.
 //
-// Math      u = decay * m + gain * (g * inv_scale);   m' = round(u) if finite else m;   returns the sum of m'^2
+// Math      u = decay * m + gain * (g * inv_scale);   m' = round(u) if |u| <= kEntryLimit else m;   returns the sum of
+//           m'^2
 // Traffic   fp32: reads m 4, g 4, writes m 4 bytes a column; bf16: half of it; nothing else leaves the registers.
 // Parallel  one thread; vectors, compiled per instruction set.
 // Sync      none.
@@ -26,11 +27,19 @@ constexpr bool kHasGradient = !std::is_same_v<Element, NoGradient>;
 // Bytes to prefetch ahead: the processor stops on its own at the end of a 4 KiB page.
 constexpr int kAhead = 2048;
 
+template <class Real>
+constexpr BitsOf<Real> kSignBit = BitsOf<Real>{1} << (8 * sizeof(Real) - 1);
+
+template <class Real>
+DBMTL_INLINE BitsOf<Real> bits_of_limit() {
+  return load_bits<BitsOf<Real>>(&kEntryLimit<Real>);
+}
+
 template <class Real, int kLanes>
 struct Running {
   static constexpr int kVectors = kStep<Real> / kLanes;
   Vector<Real, kLanes> squares[kVectors] = {};
-  Vector<BitsOf<Real>, kLanes> nonfinite = {};  // any bit: some update was not finite
+  Vector<BitsOf<Real>, kLanes> room = {};  // a sign bit: some update was beyond kEntryLimit
 };
 
 constexpr uint32_t kLaneNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -53,23 +62,23 @@ DBMTL_INLINE void ema_step(State* values, const Element* grads, const EmaCoeffic
     const auto old = load<Real, kLanes>(at);
     auto updated = c.decay * old;
     if constexpr (kHasGradient<Element>) updated += c.gain * (load<Real, kLanes>(grads + i * kLanes) * c.inv_scale);
-    auto residue = updated - updated;  // +0, or NaN if not finite
-    if constexpr (kIsRounded<State>) {
-      updated = round_by(draw<kLanes>(draws.key, draws.column + i * kLanes), updated);
-      residue += updated - updated;  // a random step up may overflow
-    }
-    const auto stored = residue == 0 ? updated : old;
+    using Bits = Vector<BitsOf<Real>, kLanes>;
+    // Magnitudes are in the order of their bits, NaNs above all.
+    const Bits magnitude = reinterpret_cast<Bits>(updated) & ~kSignBit<Real>;
+    const auto within_limit = reinterpret_cast<Vector<Real, kLanes>>(magnitude) <= kEntryLimit<Real>;
+    running.room |= bits_of_limit<Real>() - magnitude;
+    if constexpr (kIsRounded<State>) updated = round_by(draw<kLanes>(draws.key, draws.column + i * kLanes), updated);
+    const auto stored = within_limit ? updated : old;
     store_exact<Real, kLanes>(at, stored);
-    running.nonfinite |= reinterpret_cast<Vector<BitsOf<Real>, kLanes>>(residue);
     running.squares[i] += stored * stored;
   }
 }
 
 template <class Real, int kLanes>
 DBMTL_INLINE EmaColumns<Real> finish(const Running<Real, kLanes>& running) {
-  bool finite = true;
-  for (int i = 0; i < kLanes; ++i) finite &= running.nonfinite[i] == 0;
-  return {sum_lanes<Real>(running.squares), finite};
+  BitsOf<Real> room = 0;
+  for (int i = 0; i < kLanes; ++i) room |= running.room[i];
+  return {sum_lanes<Real>(running.squares), (room & kSignBit<Real>) == 0};
 }
 
 template <class State, class Element>

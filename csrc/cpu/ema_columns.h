@@ -14,8 +14,8 @@ struct EmaCoefficients {
 
 template <class Real>
 struct EmaColumns {
-  Real sq_norm;  // sum of the stored values' squares
-  bool finite;   // false if an entry was kept because its update was not finite
+  Real sq_norm;       // sum of the stored values' squares
+  bool within_limit;  // false if an entry was kept because its update was beyond kEntryLimit, or NaN
 };
 
 // Where the random bits of rounded state come from.

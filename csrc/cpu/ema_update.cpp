@@ -32,9 +32,9 @@ void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for) {
   int64_t total = 0;
   for (int64_t i = 0; i < args.num_gradients; ++i) ends[i] = total += args.gradients[i].numel;
 
-  std::atomic<bool> all_finite{true};
+  std::atomic<bool> all_within_limit{true};
   parallel_for(total, kGrain, [&](int64_t begin, int64_t end) {
-    bool finite = true;
+    bool within_limit = true;
     for (int64_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); i < args.num_gradients; ++i) {
       const Gradient& gradient = args.gradients[i];
       const int64_t base = ends[i] - gradient.numel;  // its first column among all
@@ -50,14 +50,14 @@ void launch_ema_update(const EmaUpdate<State>& args, ParallelFor parallel_for) {
             ema_columns(args.row + start, grads, gradient.dtype, std::min(kChunk, gradient.numel - offset),
                         coefficients, draws_of(args.seed, 0, start));
         args.partials[gradient.first_chunk + c] = chunk.sq_norm;
-        finite &= chunk.finite;
+        within_limit &= chunk.within_limit;
       }
     }
-    if (!finite) all_finite.store(false, std::memory_order_relaxed);
+    if (!within_limit) all_within_limit.store(false, std::memory_order_relaxed);
   });
 
   *args.sq_norm = sum_in_order(args.partials, args.C);
-  if (!all_finite.load(std::memory_order_relaxed)) *args.found_inf = 1;
+  if (!all_within_limit.load(std::memory_order_relaxed)) *args.found_inf = 1;
 }
 
 template void launch_ema_update(const EmaUpdate<float>&, ParallelFor);

@@ -90,7 +90,7 @@ DBMTL_DEVICE bool ema_unit(const Walk<State, kSlots>& walk, int64_t step, int64_
   const Places<true, kColumns<State>> places{static_cast<int>(threadIdx.x) % kWarp, kSpan<State>};
   const int64_t column = walk.unit(step) * walk.kUnit;
   const auto exists = [&](int slot) { return slot < kSlots && first_row + slot < args.T; };
-  bool finite = true;
+  bool within_limit = true;
 
 #pragma unroll
   for (int first = 0; first < kSlots; first += kRows) {
@@ -114,14 +114,14 @@ DBMTL_DEVICE bool ema_unit(const Walk<State, kSlots>& walk, int64_t step, int64_
       for (int group = 0; group < kGroups; ++group) {
         const int64_t span = column + group * kSpan<State>;
         EmaLane<State, Element>& lane = lanes[i][group];
-        finite &= lane.update(places, coefficients, key, span);
+        within_limit &= lane.update(places, coefficients, key, span);
         sums[first + i] += lane.squares(places);
         places.template store<Cache::kKeep>(args.ema + t * args.ema_stride + span, lane.values);
         if (auto* const word = walk.kept(step, t, group)) *word = lane.values;
       }
     }
   }
-  return finite;
+  return within_limit;
 }
 
 template <int kSlots, class State, class Element>
@@ -133,13 +133,14 @@ DBMTL_DEVICE void ema_phase(const Walk<State, kSlots>& walk, const Element* grad
   const Real beta = *args.beta;
   const EmaCoefficients<Real> coefficients{beta, 1 - beta, 1};
   const int64_t aligned = walk.steps(walk.aligned_units()), all = walk.steps(walk.args.units);
-  bool finite = true;
+  bool within_limit = true;
 
 #pragma unroll 1
   for (int64_t first_row = 0; first_row < args.T; first_row += kSlots) {
     CompensatedSum<Real> sums[kSlots];
 #pragma unroll 1
-    for (int64_t step = 0; step < aligned; ++step) finite &= ema_unit(walk, step, first_row, coefficients, grads, sums);
+    for (int64_t step = 0; step < aligned; ++step)
+      within_limit &= ema_unit(walk, step, first_row, coefficients, grads, sums);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const Real sum = warp_sum(sums[slot].total);
@@ -151,7 +152,7 @@ DBMTL_DEVICE void ema_phase(const Walk<State, kSlots>& walk, const Element* grad
     for (int slot = 0; slot < rows && aligned < all; ++slot) {
       const int64_t t = first_row + slot;
       CompensatedSum<Real> loose;
-      finite &= ema_loose(
+      within_limit &= ema_loose(
           aligned * kGroups, 1, all * kGroups, args.P, args.ema + t * args.ema_stride, grads + t * args.grads_stride,
           coefficients, walk.key(t), 0,
           [&](int64_t span) { return walk.unit(span / kGroups) * walk.kUnit + span % kGroups * kSpan<State>; },
@@ -171,7 +172,7 @@ DBMTL_DEVICE void ema_phase(const Walk<State, kSlots>& walk, const Element* grad
     }
     __syncthreads();
   }
-  raise_flag(args.found_inf, !finite);
+  raise_flag(args.found_inf, !within_limit);
 }
 
 // --- Phase 2

@@ -1,6 +1,6 @@
 // EMA of one lane's columns, and their squared norm: ema_update_, and phase 1 of balance_.
 //
-// Math      u = decay * m + gain * (g * inv_scale);   m' = u, rounded to State, if finite, else m
+// Math      u = decay * m + gain * (g * inv_scale);   m' = u, rounded to State, if |u| <= kEntryLimit, else m
 // Numerics  every operation rounds on its own, in Real (-fmad=false: no fused multiply-add): m' equals the reference
 //           bit for bit, random bits of the rounding included. Squares are those of the stored values.
 #pragma once
@@ -32,26 +32,23 @@ struct EmaLane {
   template <bool kAligned>
   DBMTL_DEVICE bool update(const Places<kAligned, kCount>& places, const EmaCoefficients<Real>& coefficients,
                            uint32_t key, int64_t column) {
-    bool finite = true;
+    bool within_limit = true;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       Real updated = coefficients.decay * widen(values.at[i]);
       if constexpr (kHasGradient<Element>)
         updated += coefficients.gain * (static_cast<Real>(widen(grads.at[i])) * coefficients.inv_scale);
+      const bool fits = fabs(updated) <= kEntryLimit<Real>;  // NaN does not
       if constexpr (kIsRounded<State>) {
         const auto p = static_cast<uint64_t>(column + places.column(i));
         const uint32_t random = random_bits(static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32), key);
-        const State stored{static_cast<uint16_t>((__float_as_uint(updated) + random) >> 16)};
-        const bool kept = isfinite(updated) && isfinite(widen(stored));  // a random step up may overflow
-        if (kept) values.at[i] = stored;
-        finite &= kept;
+        if (fits) values.at[i] = State{static_cast<uint16_t>((__float_as_uint(updated) + random) >> 16)};
       } else {
-        const bool kept = isfinite(updated);
-        if (kept) values.at[i] = updated;
-        finite &= kept;
+        if (fits) values.at[i] = updated;
       }
+      within_limit &= fits;
     }
-    return finite;
+    return within_limit;
   }
 
   // Sum of the squares in the order of columns. Every lane of the warp must come.
@@ -85,19 +82,19 @@ template <class State, class Element, class ColumnOf, class Keep, class Sum>
 DBMTL_DEVICE bool ema_loose(int64_t first, int64_t step, int64_t end, int64_t P, State* row, const Element* gradient,
                             const EmaCoefficients<RealOf<State>>& coefficients, uint32_t key, int64_t start,
                             const ColumnOf& column_of, const Keep& keep, Sum& sum) {
-  bool finite = true;
+  bool within_limit = true;
 #pragma unroll 1
   for (int64_t span = first; span < end; span += step) {
     const int64_t column = column_of(span);
     const Places<false, kColumns<State>> places{static_cast<int>(threadIdx.x) % kWarp, P - column};
     EmaLane<State, Element> lane;
     lane.load(places, row + column, gradient + column);
-    finite &= lane.update(places, coefficients, key, start + column);
+    within_limit &= lane.update(places, coefficients, key, start + column);
     sum += lane.squares(places);
     places.template store<Cache::kKeep>(row + column, lane.values);
     keep(span, lane.values);
   }
-  return finite;
+  return within_limit;
 }
 
 }  // namespace dbmtl_fused::cuda

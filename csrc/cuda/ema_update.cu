@@ -69,7 +69,7 @@ DBMTL_DEVICE bool ema_spans(int64_t& first, int64_t whole, State* row, const Ele
   constexpr int kWanted = kBytesInFlight / kBytes > 1 ? kBytesInFlight / kBytes : 1;
   constexpr int kBatch = kWanted < kPerWarp ? kWanted : kPerWarp;
   const Places<true, kColumns<State>> places{static_cast<int>(threadIdx.x) % kWarp, kSpan<State>};
-  bool finite = true;
+  bool within_limit = true;
   while (first < whole) {
     EmaLane<State, Element> lanes[kBatch];
 #pragma unroll
@@ -82,12 +82,12 @@ DBMTL_DEVICE bool ema_spans(int64_t& first, int64_t whole, State* row, const Ele
       if (first >= whole) continue;
       const int64_t offset = first * kSpan<State>;
       first += kWarps;
-      finite &= lanes[i].update(places, coefficients, key, start + offset);
+      within_limit &= lanes[i].update(places, coefficients, key, start + offset);
       sum += lanes[i].squares(places);
       places.template store<Cache::kKeep>(row + offset, lanes[i].values);
     }
   }
-  return finite;
+  return within_limit;
 }
 
 // Of this block's chunk, if its slot is listed.
@@ -109,7 +109,7 @@ DBMTL_DEVICE void update_chunk(const Parameters<State>& args, const Pointers<kSl
   const int64_t first_column = static_cast<int64_t>(tagged << 8) >> 8;
 
   State* const row = args.row + start;
-  bool finite = true;
+  bool within_limit = true;
   Real sum = 0;
   const auto update = [&](auto element) {
     using Element = decltype(element);
@@ -118,8 +118,8 @@ DBMTL_DEVICE void update_chunk(const Parameters<State>& args, const Pointers<kSl
     const bool aligned = is_aligned(row, kWordBytes) &&
                          (!kHasGradient<Element> || is_aligned(grads, lane_bytes<State>(sizeof(Element))));
     int64_t span = threadIdx.x / kWarp;
-    finite = ema_spans(span, aligned ? numel / kSpan<State> : 0, row, grads, start, coefficients, key, sum);
-    finite &= ema_loose(
+    within_limit = ema_spans(span, aligned ? numel / kSpan<State> : 0, row, grads, start, coefficients, key, sum);
+    within_limit &= ema_loose(
         span, kWarps, ceil_div(numel, kSpan<State>), numel, row, grads, coefficients, key, start,
         [](int64_t span) { return span * kSpan<State>; }, [](int64_t, const auto&) {}, sum);
   };
@@ -130,7 +130,7 @@ DBMTL_DEVICE void update_chunk(const Parameters<State>& args, const Pointers<kSl
 
   sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) args.partials[chunk] = sum;
-  raise_flag(args.found_inf, !finite);
+  raise_flag(args.found_inf, !within_limit);
 }
 
 template <class State, int kSlots>
