@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,12 @@ from dbmtl_fused import backends
 from dbmtl_fused._ops import GRAD_DTYPES, STATE_DTYPES, compute_dtype
 
 ALPHA_NAMES = ("max", "min", "mean", "median")
+
+_RANGES = {torch.float32: (1e-19, 1e19), torch.float64: (1e-150, 1e150)}
+"""Least and largest positive argument, by what is computed in: like a norm, whose square must be a normal number."""
+
+_LEAST_EPS = {torch.float32: 1e-12, torch.float64: 1e-150}
+"""A weight is at most alpha / eps, which must be finite."""
 
 
 def balance_(
@@ -41,9 +49,9 @@ def balance_(
     :param grads: Task gradients, shape ``(T, P)``, float32, bfloat16, float16 or float64, adjacent columns.
     :param beta: EMA coefficient of this step in ``[0, 1)``: a number, or a 0-d tensor on the same device that is read
         by the kernel without a host sync (and whose range is therefore not checked).
-    :param eps: Added to the norms, > 0.
+    :param eps: Added to the norms, from 1e-12 to 1e19; from 1e-150 to 1e150 if ``ema`` is float64.
     :param alpha: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` of the norms, a positive number, or None for a plain
-        sum (weights 1).
+        sum (weights 1). A number is from 1e-19 to 1e19; from 1e-150 to 1e150 if ``ema`` is float64.
     :param seed: For a bfloat16 ``ema``, and only then: what its rounding is drawn from, an integer or a 0-d int64
         tensor on the same device. Row ``t`` takes ``seed + t``, so give ``T`` more at each step.
     :param out: Where to write the sum, shape ``(P,)``, any of the dtypes of ``grads``; by default a new tensor of the
@@ -54,12 +62,14 @@ def balance_(
     :raises ValueError: If a shape, device, stride or value does not fit, or tensors overlap.
     :raises RuntimeError: If the requested backend cannot run here.
 
-    .. note:: A non-finite gradient entry leaves its EMA entry as it was and makes all of ``weights`` and ``out`` NaN.
+    .. note:: An entry of the EMA whose update is NaN or larger than 2**46 (2**490 if ``ema`` is float64) stays as it
+        was and makes all of ``weights`` and ``out`` NaN. A norm below about 1e-19 (1e-154) counts as 0.
         Same inputs, same bits; on CPUs whatever the number of threads.
     """
-    check_finite_float("eps", eps, above=0.0)
-    alpha_mode, alpha_constant = alpha_arguments(alpha)
     _check_matrix("ema", ema, STATE_DTYPES)
+    dtype = compute_dtype(ema.dtype)
+    check_eps(eps, dtype)
+    alpha_mode, alpha_constant = alpha_arguments(alpha, dtype)
     _check_matrix("grads", grads, GRAD_DTYPES)
     if grads.shape != ema.shape:
         raise ValueError(f"grads must have the shape of ema, {tuple(ema.shape)}, got {tuple(grads.shape)}")
@@ -86,9 +96,10 @@ def balance_(
     return out, norms, weights
 
 
-def alpha_arguments(alpha: str | float | None) -> tuple[str, float]:
-    """``alpha`` as users give it -> the operators' ``(alpha, alpha_constant)``.
+def alpha_arguments(alpha: str | float | None, dtype: torch.dtype = torch.float32) -> tuple[str, float]:
+    """Turn ``alpha`` as users give it into the operators' ``(alpha, alpha_constant)``.
 
+    :param dtype: What is computed in.
     :raises ValueError: If it is none of what :func:`balance_` documents.
     """
     if alpha is None:
@@ -96,6 +107,7 @@ def alpha_arguments(alpha: str | float | None) -> tuple[str, float]:
     if alpha in ALPHA_NAMES:
         return str(alpha), 0.0
     if isinstance(alpha, numbers.Real) and not isinstance(alpha, bool) and 0 < alpha < math.inf:
+        check_in_range("alpha", alpha, dtype)
         return "constant", float(alpha)
     raise ValueError(f"alpha must be one of {ALPHA_NAMES}, a positive number or None, got {alpha!r}")
 
@@ -115,10 +127,54 @@ def check_finite_float(
         raise ValueError(f"{name} must be {' and '.join(rules) or 'finite'}, got {value}")
 
 
+def check_in_range(
+    name: str,
+    value: float,
+    dtype: torch.dtype,
+    *,
+    low: float | None = None,
+    or_zero: bool = False,
+    cure: str = "a float64 ema",
+) -> None:
+    """Raise unless ``value`` is a positive number that ``dtype``, what is computed in, has room for.
+
+    :param low: Least number; by default one whose square is a normal number.
+    :param or_zero: Whether 0 will do.
+    :param cure: What has a wider range.
+    """
+    check_finite_float(name, value, above=-math.inf if or_zero else 0.0, low=0.0 if or_zero else -math.inf)
+    least, most = _RANGES[dtype]
+    least = least if low is None else low
+    if not (least <= value <= most or (or_zero and value == 0)):
+        rule = f"{'0 or ' * or_zero}from {least:g} to {most:g} in {_name(dtype)} arithmetic"
+        raise ValueError(f"{name} must be {rule}, got {value}{_advice(cure, dtype)}")
+
+
+def check_eps(eps: float, dtype: torch.dtype) -> None:
+    """Raise unless ``eps`` is what :func:`balance_` documents; ``dtype`` is what is computed in."""
+    check_in_range("eps", eps, dtype, low=_LEAST_EPS[dtype])
+
+
+def check_beta(beta: float, dtype: torch.dtype) -> None:
+    """Raise unless ``beta`` is in ``[0, 1)``, also once it is rounded to ``dtype``, what is computed in."""
+    check_finite_float("beta", beta, low=0.0, below=1.0)
+    if beta >= 1 - torch.finfo(dtype).eps / 4:  # half way from 1 to the number below it: a tie, which goes to 1
+        advice = _advice("a float64 ema", dtype)
+        raise ValueError(f"beta must be < 1 once rounded to {_name(dtype)}, got {beta!r}{advice}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _advice(cure: str, dtype: torch.dtype) -> str:
+    return "" if dtype is torch.float64 else f"; use {cure} for more"
+
+
 def _beta_tensor(beta: float | Tensor, ema: Tensor) -> Tensor:
     dtype = compute_dtype(ema.dtype)
     if not isinstance(beta, Tensor):
-        check_finite_float("beta", beta, low=0.0, below=1.0)
+        check_beta(beta, dtype)
         return torch.full((), beta, dtype=dtype, device=ema.device)
     if beta.dim() != 0 or beta.device != ema.device or not beta.is_floating_point():
         raise ValueError(
@@ -133,18 +189,26 @@ def _seed_tensor(seed: int | Tensor | None, ema: Tensor) -> Tensor | None:
         raise ValueError(f"seed must be given if ema is bfloat16, and only then, got {seed} for {ema.dtype}")
     if seed is None:
         return None
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed must fit 64 bits, got {seed}")
-        return torch.full((), seed, dtype=torch.int64, device=ema.device)
     if not isinstance(seed, Tensor):
-        raise TypeError(f"seed must be an integer or a tensor, got {type(seed).__name__}")
+        number = _integer(seed)
+        if not -(2**63) <= number < 2**63:
+            raise ValueError(f"seed must fit 64 bits, got {number}")
+        return torch.full((), number, dtype=torch.int64, device=ema.device)
     if seed.dim() != 0 or seed.device != ema.device or seed.dtype != torch.int64:
         raise ValueError(
             f"seed must be an integer or a 0-d int64 tensor on {ema.device}, "
             f"got shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}"
         )
     return seed
+
+
+def _integer(seed: Any) -> int:
+    try:
+        if not isinstance(seed, bool):
+            return operator.index(seed)  # NumPy's integers are not Python's
+    except TypeError:
+        pass
+    raise TypeError(f"seed must be an integer or a tensor, got {type(seed).__name__}")
 
 
 def _check_matrix(name: str, matrix: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

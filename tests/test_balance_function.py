@@ -30,6 +30,8 @@ from op_inputs import (
 from torch import Tensor
 
 from dbmtl_fused import backends, balance_, oracle
+from dbmtl_fused._ops import compute_dtype
+from dbmtl_fused.functional import check_beta, check_in_range
 
 T, P = 3, 130
 
@@ -116,6 +118,64 @@ def test_eps(backend: str) -> None:
     assert weights.tolist() == [0.75]
 
 
+@pytest.mark.parametrize(
+    ("state_dtype", "eps", "alpha", "beta"),
+    [
+        (torch.float32, 1e-12, 1e19, 1 - 2.0**-24),
+        (torch.float32, 1e-12, 1e-19, 0.0),
+        (torch.bfloat16, 1e-12, 1e19, 1 - 2.0**-24),
+        (torch.float64, 1e-150, 1e150, 1 - 2.0**-53),
+        (torch.float64, 1e-150, 1e-150, 1 - 1e-9),
+    ],
+)
+def test_ends_of_the_ranges(backend: str, state_dtype: torch.dtype, eps: float, alpha: float, beta: float) -> None:
+    """What is let in neither vanishes nor overflows where it is computed with."""
+    ema, grads = zeros(2, P, dtype=state_dtype), zeros(2, P, dtype=compute_dtype(state_dtype))
+    ema[1], grads[1] = 1, 1
+    seed = SEED if state_dtype is torch.bfloat16 else None
+    out, norms, weights = balance_(ema, grads, beta, eps=eps, alpha=alpha, seed=seed, backend=backend)
+    assert norms[0] == 0
+    assert weights.isfinite().all()
+    assert (weights > 0).all()
+    assert (norms * weights)[1].item() == pytest.approx(alpha, rel=1e-5)
+    assert out.isfinite().all()
+
+
+def test_half_way_to_one() -> None:
+    """The first number that is rounded to 1 raises; the one before it is rounded to the last below 1."""
+    half_way = 1 - 2.0**-25
+    below = float(np.nextafter(half_way, 0))
+    assert (float(torch.tensor(half_way)), float(torch.tensor(below))) == (1, 1 - 2.0**-24)
+    with pytest.raises(ValueError, match="beta must be < 1 once rounded to float32"):
+        check_beta(half_way, torch.float32)
+    check_beta(below, torch.float32)
+    check_beta(half_way, torch.float64)
+
+
+def test_ranges_of_arguments_of_others() -> None:
+    """Numbers that may be 0, or that have another least number."""
+    for value in (0, 1e-19, 1e19):
+        check_in_range("preference", value, torch.float32, or_zero=True)
+    check_in_range("log_eps", 1.2e-38, torch.float32, low=torch.finfo(torch.float32).tiny)
+    for bad, dtype, options, message in [
+        (-1, torch.float32, {"or_zero": True}, "x must be >= 0, got -1"),
+        (0, torch.float32, {}, "x must be > 0, got 0"),
+        ("1", torch.float32, {}, "x must be a number, got str"),
+        (1e-160, torch.float64, {"or_zero": True}, "x must be 0 or from 1e-150 to 1e+150 in float64 arithmetic, got"),
+        (1e-13, torch.float32, {"low": 1e-12, "cure": "float64 losses"}, "got 1e-13; use float64 losses for more"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            check_in_range("x", bad, dtype, **options)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8, np.uint64], ids=lambda kind: kind.__name__)
+def test_seeds_of_numpy(backend: str, matrices: tuple[Tensor, Tensor], integer: type) -> None:
+    expected, found = (matrices[0].bfloat16() for _ in range(2))
+    balance_(expected, matrices[1], 0.5, seed=7, backend=backend)
+    balance_(found, matrices[1], 0.5, seed=integer(7), backend=backend)
+    assert_same_bits("ema", found, expected)
+
+
 def test_default_backend_is_one_of_those_there(
     matrices: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +249,7 @@ NAMES = "('max', 'min', 'mean', 'median')"
 STRIDES = "must have adjacent columns and rows that do not overlap, got strides"
 
 BFLOAT16 = {"ema": zeros(T, P, dtype=torch.bfloat16)}
+FLOAT64 = {"ema": zeros(T, P, dtype=torch.float64)}
 
 ERRORS = [
     ({"ema": [[0.0]]}, TypeError, "ema must be a tensor, got list"),
@@ -263,6 +324,18 @@ ERRORS = [
     ({"eps": float("inf")}, ValueError, "eps must be > 0, got inf"),
     ({"eps": None}, TypeError, "eps must be a number, got NoneType"),
     (
+        {"eps": 1e-13},
+        ValueError,
+        "eps must be from 1e-12 to 1e+19 in float32 arithmetic, got 1e-13; use a float64 ema for more",
+    ),
+    (BFLOAT16 | {"eps": 1e20, "seed": 1}, ValueError, "eps must be from 1e-12 to 1e+19 in float32 arithmetic, got"),
+    (FLOAT64 | {"eps": 1e-151}, ValueError, "eps must be from 1e-150 to 1e+150 in float64 arithmetic, got 1e-151"),
+    (
+        {"beta": 1 - 1e-9},
+        ValueError,
+        "beta must be < 1 once rounded to float32, got 0.999999999; use a float64 ema for more",
+    ),
+    (
         {"ema": zeros(T, P, dtype=torch.bfloat16)},
         ValueError,
         "seed must be given if ema is bfloat16, and only then, got None for torch.bfloat16",
@@ -270,6 +343,8 @@ ERRORS = [
     ({"seed": 3}, ValueError, "seed must be given if ema is bfloat16, and only then, got 3 for torch.float32"),
     (BFLOAT16 | {"seed": 2**63}, ValueError, "seed must fit 64 bits, got 9223372036854775808"),
     (BFLOAT16 | {"seed": 1.5}, TypeError, "seed must be an integer or a tensor, got float"),
+    (BFLOAT16 | {"seed": np.float32(1)}, TypeError, "seed must be an integer or a tensor, got float32"),
+    (BFLOAT16 | {"seed": np.uint64(2**63)}, ValueError, "seed must fit 64 bits, got 9223372036854775808"),
     (BFLOAT16 | {"seed": True}, TypeError, "seed must be an integer or a tensor, got bool"),
     (BFLOAT16 | {"seed": zeros()}, ValueError, "seed must be an integer or a 0-d int64 tensor on"),
     (BFLOAT16 | {"seed": zeros(1, dtype=torch.int64)}, ValueError, "got shape (1,), torch.int64"),
@@ -278,6 +353,13 @@ ERRORS = [
     ({"alpha": 0.0}, ValueError, "a positive number or None, got 0.0"),
     ({"alpha": -2}, ValueError, "a positive number or None, got -2"),
     ({"alpha": True}, ValueError, "a positive number or None, got True"),
+    (
+        {"alpha": 1e-20},
+        ValueError,
+        "alpha must be from 1e-19 to 1e+19 in float32 arithmetic, got 1e-20; use a float64 ema for more",
+    ),
+    ({"alpha": 1e20}, ValueError, "alpha must be from 1e-19 to 1e+19 in float32 arithmetic, got 1e+20"),
+    (FLOAT64 | {"alpha": 1e151}, ValueError, "alpha must be from 1e-150 to 1e+150 in float64 arithmetic, got 1e+151"),
     ({"alpha": float("nan")}, ValueError, "a positive number or None, got nan"),
     ({"alpha": float("inf")}, ValueError, "a positive number or None, got inf"),
     (
