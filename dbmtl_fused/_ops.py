@@ -25,9 +25,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_map_only
 
 NAMESPACE = "dbmtl_fused"
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -68,9 +71,32 @@ def _define(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]
         for backend in BACKENDS:
             _library.define(f"{name}.{backend}({arguments}")
             torch.library.register_fake(f"{NAMESPACE}::{name}.{backend}", fake, lib=_library)
+            op = getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
+            for key in ("Negative", "ZeroTensor"):
+                _library.impl(f"{name}.{backend}", _resolving(op), key)
         return fake
 
     return register
+
+
+def _resolving(op: OpOverload) -> Callable[..., None]:
+    """``op`` for tensors whose memory does not hold what they stand for: lazily negated, or zeros without memory.
+
+    The dispatcher itself leaves those in a list as they are, and fails if an operator that returns nothing writes one.
+    """
+
+    def call(*args: Any) -> None:
+        resolved = tree_map_only(Tensor, _resolve, args)
+        op(*resolved)
+        for argument, given, values in zip(op._schema.arguments, args, resolved, strict=True):
+            if argument.is_write and values is not given:
+                given.copy_(values)
+
+    return call
+
+
+def _resolve(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
 def _check_devices(*tensors: Tensor) -> None:

@@ -144,6 +144,40 @@ def test_fake_refuses_wrong_shapes(
     assert message in str(caught.value)
 
 
+@calls
+def test_lazily_negated_tensors(backend: str, rng: np.random.Generator, make: Callable[..., Call]) -> None:
+    """The imaginary part of a conjugate, say, whose memory holds the opposite: read or written, alone or in a list."""
+    op, args = make(backend, rng)
+    expected = clone(args)
+    op(*expected)
+    leaves, structure = torch.utils._pytree.tree_flatten(args)
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            continue
+        lazy = clone(leaves)
+        lazy[i] = torch._neg_view(-leaf)
+        op(*torch.utils._pytree.tree_unflatten(lazy, structure))
+        assert lazy[i].is_neg()
+        for actual, values in zip(tensors(lazy), tensors(expected), strict=True):
+            assert torch.equal(actual, values), f"argument {i} of {op}"
+
+
+@pytest.mark.parametrize("make", [balance_call, ema_update_call])
+def test_gradients_that_are_zeros_without_memory(
+    backend: str, rng: np.random.Generator, make: Callable[..., Call]
+) -> None:
+    op, args = make(backend, rng)
+    lazy, expected = list(clone(args)), list(clone(args))
+    if make is balance_call:
+        lazy[1], expected[1] = torch._efficientzerotensor(3, 130, device=DEVICE), torch.zeros(3, 130, device=DEVICE)
+    else:
+        lazy[1][0], expected[1][0] = torch._efficientzerotensor(5000, device=DEVICE), torch.zeros(5000, device=DEVICE)
+    op(*lazy)
+    op(*expected)
+    for actual, values in zip(tensors(lazy), tensors(expected), strict=True):
+        assert torch.equal(actual.clone(), values)
+
+
 def compilers() -> list[Any]:
     reason = "inductor needs a C++ compiler" if DEVICE.type == "cpu" and not shutil.which("g++") else ""
     return ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(bool(reason), reason=reason))]
