@@ -82,8 +82,9 @@ COMBINE_PARTIALS = 2048  # which the last program loads at once; more would cost
 # balance_, by the largest T. 16 warps of at most 128 registers a thread on each multiprocessor, so that a cooperative
 # grid always fits. Phase 1 has 16 numbers of each operand a thread, 32 where that would make too few loads; 16 again
 # from 13 tasks on and for bfloat16 state, whose rounding needs registers too, where more would spill. Phase 2 has 32,
-# 64 from 9 tasks on. For float64, which takes two registers, half of all that. Where there is not a tile for every
-# multiprocessor, tiles and programs are a quarter as large, and a multiprocessor takes up to four.
+# 64 from 9 tasks on, but for bfloat16 state from 13 on, where some compilers would spill on sm_100. For float64, which
+# takes two registers, half of all that. Where there is not a tile for every multiprocessor, tiles and programs are a
+# quarter as large, and a multiprocessor takes up to four.
 BALANCE_WARPS = 16
 BALANCE_REGISTERS = 128
 BALANCE = {
@@ -126,7 +127,9 @@ def gram(T: int) -> Gram:
 def balance(T: int, P: int, state_dtype: torch.dtype, multiprocessors: int) -> Balance:
     config = next((config for most, config in BALANCE.items() if most >= T), BALANCE_LARGE)
     if state_dtype is torch.bfloat16:
-        config = config._replace(update_block=min(config.update_block, _UPDATE_NUMBERS // config.rows))
+        update_block = min(config.update_block, _UPDATE_NUMBERS // config.rows)
+        sum_block = min(config.sum_block, 2 * config.update_block)
+        config = config._replace(update_block=update_block, sum_block=sum_block)
     if state_dtype is torch.float64:
         update_block = min(config.update_block, _UPDATE_NUMBERS // config.rows) // 2
         config = config._replace(update_block=update_block, sum_block=config.sum_block // 2)
