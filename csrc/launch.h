@@ -27,7 +27,8 @@ template <class State>
 using RealOf = std::conditional_t<kIsRounded<State>, float, State>;
 
 // ENTRY_LIMIT of _ops.py: an entry of the EMA that would be larger stays as it was, so that no squared norm overflows.
-// It is a bfloat16: no random step of the rounding goes beyond it.
+// It is a bfloat16: no random step of the rounding goes beyond it. At the other end, norms below about 1e-19 (double:
+// 1e-154) count as zero, as their squares underflow.
 template <class Real>
 constexpr Real kEntryLimit = Real{0x1p46F};
 template <>

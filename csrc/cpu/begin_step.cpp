@@ -1,8 +1,7 @@
 // begin_step: from losses to the seeds of their backward passes and the coefficients of their rows.
 //
-// Math      seed_t = scale / micro_batches / (max(loss_t, 0) + log_eps);   beta_t = beta / (step + 1)^beta_sigma, 1
-// where
-//           the loss is unusable or scale vanishes;   inv_scale = 1 / scale, 1 where that vanishes
+// Math      seed_t = scale / micro_batches / (max(loss_t, 0) + log_eps);   beta_t = beta / (step + 1)^beta_sigma, or 1
+//           where the loss is unusable or scale vanishes;   inv_scale = 1 / scale, or 1 where that vanishes
 // Traffic   O(T).
 // Parallel  one thread.
 // Sync      none.
