@@ -61,8 +61,8 @@ def compile_for(architecture: str, source: Path) -> Compiled:
 @pytest.fixture(scope="session")
 def compiled() -> dict[tuple[str, str], Compiled]:
     """By architecture and name of the source."""
-    sources = sorted(CUDA.glob("*.cu"))
-    jobs = [(architecture, source) for architecture in ARCHITECTURES for source in sources]
+    sources = sorted(CUDA.glob("*.cu"))  # the one that takes longest comes first, so that no core waits for it
+    jobs = [(architecture, source) for source in sources for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda job: compile_for(*job), jobs)
     return {(arch, source.stem): result for (arch, source), result in zip(jobs, results, strict=True)}
@@ -83,12 +83,15 @@ def test_no_spills(compiled: dict[tuple[str, str], Compiled], architecture: str,
     assert set(frames) == {("0", "0", "0")}
 
 
-def kernels_of(cubin: Path) -> dict[str, list[str]]:
-    """Machine instructions by mangled name of the kernel."""
+def kernels_of(compiled: Compiled, pattern: str) -> dict[int, list[str]]:
+    """Machine instructions of the kernels whose mangled name is like ``pattern``, by the number that it finds there."""
     if (tool := cuobjdump()) is None:
         pytest.skip("needs cuobjdump")
-    listing = subprocess.run([tool, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    return {part.split()[0]: part.splitlines() for part in listing.split("Function : ")[1:]}
+    entries = re.findall(r"Compiling entry function '(\S+)'", compiled.report)
+    names = {name: int(found[1]) for name in entries if (found := re.search(pattern, name))}
+    command = [tool, "--dump-sass", "--function", ",".join(names), str(compiled.cubin)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {names[part.split()[0]]: part.splitlines() for part in listing.split("Function : ")[1:]}
 
 
 def most_in_flight(instructions: list[str], end: re.Pattern[str] = STORE) -> int:
@@ -107,12 +110,7 @@ def most_in_flight(instructions: list[str], end: re.Pattern[str] = STORE) -> int
 @pytest.mark.parametrize("source", ["balance", "combine", "ema_update"])
 def test_words_of_16_bytes(compiled: dict[tuple[str, str], Compiled], architecture: str, source: str) -> None:
     """With float32 throughout: at least min(2 T, 8) loads are on their way before a store waits for the first."""
-    kernels = kernels_of(compiled[architecture, source].cubin)
-    of_float32 = {
-        int(found[1]): lines
-        for name, lines in kernels.items()
-        if (found := re.search(rf"{source}_kernelIfLi(\d+)E", name))
-    }
+    of_float32 = kernels_of(compiled[architecture, source], rf"{source}_kernelIfLi(\d+)E")
     assert len(of_float32) == {"balance": 4, "combine": 9, "ema_update": 3}[source]
     for size, lines in of_float32.items():
         wanted = {"balance": min(2 * size, 8), "combine": min(2 * size, 8) if size < 5 else size, "ema_update": 8}
@@ -124,12 +122,8 @@ def test_words_of_16_bytes(compiled: dict[tuple[str, str], Compiled], architectu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gram_loads_before_it_multiplies(compiled: dict[tuple[str, str], Compiled], architecture: str) -> None:
     """Words of all rows of a block, and of several spans of few rows."""
-    kernels = kernels_of(compiled[architecture, "gram"].cubin)
-    found = {
-        int(size[1]): most_in_flight(lines, MULTIPLY)
-        for name, lines in kernels.items()
-        if (size := re.search(r"gram_kernelIfLi(\d+)E", name))
-    }
+    kernels = kernels_of(compiled[architecture, "gram"], r"gram_kernelIfLi(\d+)E")
+    found = {rows: most_in_flight(lines, MULTIPLY) for rows, lines in kernels.items()}
     assert found.keys() == {1, 2, 3, 4, 8}
     assert all(found[rows] >= wanted for rows, wanted in {1: 4, 2: 8, 3: 6, 4: 8, 8: 8}.items()), found
 
