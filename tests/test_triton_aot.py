@@ -13,8 +13,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,6 +234,36 @@ def test_spills_in_loops_are_found(record: Any, tmp_path: Path) -> None:
     starved = Machine.of((kernel, parameters, options | {"maxnreg": 48}), "sm_90", tmp_path)
     assert starved.stack > PUT_ASIDE
     assert starved.spills_in_loops()
+
+
+@pytest.mark.parametrize(
+    ("version", "stack", "loads", "passes"),
+    [
+        ("3.9", 0, 4, True),
+        ("3.9", 16, 4, False),
+        ("3.9", 0, 3, False),
+        ("3.8", 16, 4, True),
+        ("3.8", 0, 4, False),
+        ("9.9", 16, 2, True),
+        ("9.9", 48, 4, False),
+        ("9.9", 0, 1, False),
+    ],
+)
+def test_what_is_asked_of_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, version: str, stack: int, loads: int, passes: bool
+) -> None:
+    """One that is known does what it was seen to do; another one has some freedom, but not within loops."""
+    module = sys.modules[__name__]
+    monkeypatch.setattr(module, "TRITON", version)
+    monkeypatch.setattr(module, "EXCEPTIONS", {("3.8", "sm_90", "some"): Choice(stack=16)})
+    lines = ["STL [R1], R2 ;"] * (stack > 0) + ["LDG.E.128 R4, desc[UR8][R2.64] ;"] * loads
+    lines += ["STG.E.128 desc[UR8][R2.64], R4 ;", "@P0 BRA 0x0010 ;"]
+    sass = "\n".join(f"/*{16 * i:04x}*/ {line}" for i, line in enumerate(lines))
+    with nullcontext() if passes else pytest.raises(AssertionError):
+        check(Machine("sm_90", stack, sass), "some", 4, before=WIDE_STORE)
+    if stack:
+        with pytest.raises(AssertionError):
+            check(Machine("sm_90", stack, sass.replace("0x0010", "0x0000")), "some", 4, before=WIDE_STORE)
 
 
 @pytest.mark.parametrize("launch", BEGIN_LAUNCHES.values(), ids=BEGIN_LAUNCHES)
