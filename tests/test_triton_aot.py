@@ -143,7 +143,7 @@ def check(machine: Machine, name: str, loads: int, before: str) -> None:
     found = machine.count(WIDE_LOAD, before)
     if TRITON in SEEN:
         choice = EXCEPTIONS.get((TRITON, machine.architecture, name), Choice())
-        assert machine.stack == (choice.stack or 0), f"spills, {machine.architecture}"
+        assert machine.stack <= (choice.stack or 0), f"spills, {machine.architecture}"
         assert found >= (choice.loads or loads), machine.architecture
     else:
         assert machine.stack <= PUT_ASIDE, f"spills, {machine.architecture}"
@@ -243,7 +243,7 @@ def test_spills_in_loops_are_found(record: Any, tmp_path: Path) -> None:
         ("3.9", 16, 4, False),
         ("3.9", 0, 3, False),
         ("3.8", 16, 4, True),
-        ("3.8", 0, 4, False),
+        ("3.8", 0, 4, True),
         ("9.9", 16, 2, True),
         ("9.9", 48, 4, False),
         ("9.9", 0, 1, False),
