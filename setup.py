@@ -29,7 +29,17 @@ CUDA_MODULE = "dbmtl_fused._C_cuda"
 RECORDS = {MODULE: "_build_error.txt", CUDA_MODULE: "_build_error_cuda.txt"}
 TORCH_TARGET = (2, 11)
 CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
-WERROR = os.environ.get("DBMTL_FUSED_WERROR") == "1"
+
+
+def switch(name: str) -> str:
+    """Read an environment variable that is 0, 1 or unset, which is the same as empty."""
+    if (value := os.environ.get(name, "")) not in ("", "0", "1"):
+        raise SystemExit(f"{name} must be 0, 1 or unset, got {value!r}")
+    return value
+
+
+WERROR = switch("DBMTL_FUSED_WERROR") == "1"
+CUDA = switch("DBMTL_FUSED_CUDA")
 
 
 def find_toolkit() -> str | None:
@@ -44,6 +54,7 @@ def find_toolkit() -> str | None:
 
 
 TOOLKIT = find_toolkit()
+os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
 if TOOLKIT is not None:
     os.environ["CUDA_HOME"] = TOOLKIT  # torch.utils.cpp_extension reads it when it is imported
 
@@ -94,7 +105,7 @@ def cpu_module() -> Extension:
 def cuda_module() -> Extension:
     if missing is not None or TOOLKIT is None:
         return Extension(CUDA_MODULE, sources=[])
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
     headers = [pybind11.get_include(), *include_paths(), str(Path(TOOLKIT) / "include")]
     facts = ["-DUSE_CUDA", f'-DDBMTL_CUDA_ARCHITECTURES="{architectures}"']
     extension = CppExtension(
@@ -133,17 +144,25 @@ class OptionalBuild(BuildExtension):
             self.compiler = None  # what it was before the first run
             try:
                 check_requirements(module.name)
-                super().run()
+                self._build(module.name)
                 record.unlink(missing_ok=True)
                 built.append(module)
             except Exception as error:  # whatever compilers and build tools come up with
-                if module.name == CUDA_MODULE and os.environ.get("DBMTL_FUSED_CUDA") == "1":
+                if module.name == CUDA_MODULE and CUDA == "1":
                     raise
                 for stale in package.glob(f"{module.name.split('.')[-1]}.*.so"):
                     stale.unlink()
                 record.write_text(f"{error}\n")
                 print(f"\n*** dbmtl_fused is installed without {module.name}:\n*** {error}\n", file=sys.stderr)
         self.extensions = built  # nothing else to copy or to install
+
+    def _build(self, module: str) -> None:
+        try:
+            super().run()
+        except Exception as error:  # which names neither what it needs nor what was set
+            architectures = f", TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']!r}"
+            needs = f"a C++17 compiler{architectures if module == CUDA_MODULE else ''}"
+            raise RuntimeError(f"{error} (the build needs {needs}; its output says more)") from error
 
 
 def check_requirements(module: str) -> None:
@@ -155,7 +174,7 @@ def check_requirements(module: str) -> None:
     if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_TARGET:
         raise RuntimeError(f"torch >= {'.'.join(map(str, TORCH_TARGET))} is needed, found {torch.__version__}")
     if module == CUDA_MODULE:
-        if os.environ.get("DBMTL_FUSED_CUDA") == "0":
+        if CUDA == "0":
             raise RuntimeError("DBMTL_FUSED_CUDA=0 when it was built")
         if torch.version.cuda is None:
             raise RuntimeError(f"torch {torch.__version__}, with which it was built, has no CUDA")

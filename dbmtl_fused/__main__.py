@@ -7,6 +7,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from dbmtl_fused import backends
+
 COMMANDS = {
     "info": ("dbmtl_fused.info", "which backends this machine has and, for each missing one, why"),
     "check": ("dbmtl_fused.check", "parity of every available backend against a float64 oracle, in seconds"),
@@ -25,6 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, help="see below; `COMMAND --help` shows its options")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own arguments")
     parsed = parser.parse_args(arguments)
+    try:
+        backends.check_environment()
+    except ValueError as error:
+        parser.error(str(error))
     if parsed.command == "bench":
         checkout = Path(__file__).resolve().parents[1]
         if not (checkout / "benchmarks" / "run.py").exists():

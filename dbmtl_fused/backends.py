@@ -18,21 +18,17 @@ from dbmtl_fused._ops import BACKENDS, NAMESPACE
 logger = logging.getLogger("dbmtl_fused")
 
 ENVIRONMENT_VARIABLE = "DBMTL_FUSED_BACKEND"
-"""Replaces ``backend="auto"`` if set when the package is imported; an explicit argument beats it."""
+"""Replaces ``backend="auto"`` if set and not empty when the package is imported; an explicit argument beats it."""
 
-DEFAULT = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+DEFAULT = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 _AUTO = {"cpu": ("cpu", "reference")}
 _AUTO_ACCELERATOR = ("cuda", "triton", "reference")
 _MODULES = {"cuda": "dbmtl_fused._C_cuda", "cpu": "dbmtl_fused._C", "triton": "dbmtl_fused.triton_kernels"}
-# What setup.py writes where it cannot build a module, and what that means.
-_BUILD_ERRORS = {
-    "dbmtl_fused._C": (
-        "_build_error.txt",
-        "the C++ extension is not there ({}); install a C++ compiler and reinstall dbmtl_fused",
-    ),
-    "dbmtl_fused._C_cuda": ("_build_error_cuda.txt", "the C++ extension was built without CUDA ({})"),
-}
+_DEVICES = {"cuda": ("cuda",), "cpu": ("cpu",), "triton": ("cuda", "xpu")}
+# What setup.py writes where it cannot build a module, and what builds it.
+_BUILD_ERRORS = {"dbmtl_fused._C": "_build_error.txt", "dbmtl_fused._C_cuda": "_build_error_cuda.txt"}
+_BUILD = "run `pip install --no-build-isolation .` in a checkout of dbmtl_fused"
 
 
 class Operators(NamedTuple):
@@ -56,15 +52,19 @@ def operators(backend: str) -> Operators:
 
 @functools.cache
 def _import_error(module: str) -> str | None:
-    """Why ``module``, which registers kernels when imported, cannot be; None if it can."""
+    """Why ``module``, which registers kernels when imported, cannot be, and the cure; None if it can."""
     try:
         importlib.import_module(module)
-    except ImportError as error:
-        if module in _BUILD_ERRORS and isinstance(error, ModuleNotFoundError):
-            file, message = _BUILD_ERRORS[module]
-            record = Path(__file__).with_name(file)
-            return message.format(record.read_text().strip() if record.exists() else "its build did not run")
-        return f"{module} cannot be imported: {error}"
+    except Exception as error:  # whatever a compiled module, or another version of Triton, comes up with
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing == "triton":
+            return "Triton is not installed; run `pip install triton`"
+        if missing == module:
+            record = Path(__file__).parent / _BUILD_ERRORS.get(module, "")
+            found = record.read_text().strip() if record.is_file() else "its build did not run"
+            return f"{module} is not there: {found}; put that right and {_BUILD}"
+        cure = "install another version of Triton" if module == _MODULES["triton"] else _BUILD
+        return f"{module} cannot be imported beside torch {torch.__version__}: {error}; {cure}"
     return None
 
 
@@ -75,14 +75,33 @@ def native_modules() -> list[str]:
 
 @functools.cache
 def why_not(backend: str, device_type: str) -> str | None:
-    """Why ``backend`` cannot run on tensors of ``device_type`` here, or None if it can."""
-    if backend in _MODULES and (error := _import_error(_MODULES[backend])):
-        return error
+    """Why ``backend`` cannot run on tensors of ``device_type`` here, and the cure; None if it can."""
+    error = _import_error(_MODULES[backend]) if backend in _MODULES else None
+    if error is None and _has_kernels(backend, device_type):
+        return None
+    if device_type not in _DEVICES[backend]:
+        return _other_device(backend, device_type)
+    return error or "its interpreter (TRITON_INTERPRET=1) works on CPU tensors; unset TRITON_INTERPRET"
+
+
+def _has_kernels(backend: str, device_type: str) -> bool:
     key = torch._C._dispatch_key_for_device(device_type)
-    for op in operators(backend):
-        if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), key):
-            return f"it has no {op.name()} kernel for {device_type} tensors"
-    return None
+    return all(torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), key) for op in operators(backend))
+
+
+def _other_device(backend: str, device_type: str) -> str:
+    if backend == "cpu":
+        return "it works on CPU tensors; move the model to the CPU before its balancer is built"
+    if any(torch.get_device_module(name).is_available() for name in _DEVICES[backend]):
+        return "it works on GPU tensors; move the model to the GPU before its balancer is built"
+    return f"it needs a GPU; {no_gpu()}"
+
+
+def no_gpu() -> str:
+    """Why there is no GPU, as far as torch knows."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a build without CUDA, install one with CUDA"
+    return "none is visible to torch (torch.cuda.is_available() is False)"
 
 
 def available(device_type: str) -> list[str]:
@@ -97,13 +116,31 @@ def resolve(backend: str, device: torch.device) -> str:
     :raises RuntimeError: If an explicitly requested backend cannot run here; the message says why.
     """
     wanted, source = (DEFAULT, ENVIRONMENT_VARIABLE) if backend == "auto" else (backend, "backend")
+    _check_name(wanted, source)
     if wanted == "auto":
         return _auto(device.type)
-    if wanted not in BACKENDS:
-        raise ValueError(f"{source} must be one of {('auto', *BACKENDS)}, got {wanted!r}")
     if reason := why_not(wanted, device.type):
-        raise RuntimeError(f"{source}={wanted!r} cannot run on {device.type} tensors here: {reason}")
+        cure = "use backend='auto'" if source == "backend" else f"unset {source}"
+        raise RuntimeError(
+            f"{source}={wanted!r} cannot run on {device.type} tensors here: {reason}; "
+            f"or {cure} for the fastest that can"
+        )
     return wanted
+
+
+def check_environment() -> None:
+    """Raise where an environment variable that the package reads has none of its values.
+
+    :raises ValueError: It names the variable, its values and the value found.
+    """
+    _check_name(DEFAULT, ENVIRONMENT_VARIABLE)
+    if _import_error(_MODULES["cpu"]) is None:
+        importlib.import_module(_MODULES["cpu"]).build_info()  # reads DBMTL_FUSED_CPU_ISA
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} must be one of {('auto', *BACKENDS)}, got {name!r}")
 
 
 # A constant for torch.compile, which cannot trace imports. What torch.compiler.assume_constant_result does, without its

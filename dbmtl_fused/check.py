@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dbmtl_fused import backends
+from dbmtl_fused import backends, info
 from dbmtl_fused._ops import GRAD_DTYPES, STATE_DTYPES, compute_dtype
 from dbmtl_fused.functional import balance_
 from dbmtl_fused.layout import FlatLayout
@@ -53,8 +53,13 @@ def main(arguments: list[str]) -> int:
     except ImportError:
         print("check needs NumPy, in which its oracle is written: pip install numpy", file=sys.stderr)
         return 2
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    devices = [options.device] if options.device else ["cpu", *([accelerator.type] if accelerator else [])]
+    here = list(info.devices())
+    indices = range(torch.accelerator.device_count() if here[1:] else 0)
+    names = [*here, *(f"{here[-1]}:{i}" for i in indices)]
+    if options.device and options.device not in names:
+        hint = "" if indices else f"; for a GPU: {backends.no_gpu()}"
+        parser.error(f"--device must be one of {', '.join(names)}, got {options.device!r}{hint}")
+    devices = [options.device] if options.device else here
     failures = 0
     for device in map(torch.device, devices):
         for backend in backends.BACKENDS:

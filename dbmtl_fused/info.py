@@ -22,7 +22,11 @@ def main(arguments: list[str]) -> int:
         for backend in BACKENDS:
             reason = backends.why_not(backend, device_type)
             print(f"  {backend:10}{'yes' if reason is None else f'no: {reason}'}")
-        print(f"  {'auto':10}{backends.resolve('auto', torch.device(device_type))}")
+        try:
+            chosen = backends.resolve("auto", torch.device(device_type))
+        except RuntimeError as error:  # what the environment asks for cannot run
+            chosen = f"none: {error}"
+        print(f"  {'auto':10}{chosen}")
     return 0
 
 
