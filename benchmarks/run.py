@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks import bench_lists, bench_memory, bench_ops, bench_step, qm9_folder, report, torchjd_steps
 from benchmarks.gpu_info import sampled
 from benchmarks.plan import LeftOut, Options, Table
-from dbmtl_fused import backends
+from dbmtl_fused import backends, info
 
 QUICK_ROUNDS = 3
 
@@ -91,7 +91,7 @@ def tables(what: str, options: Options) -> Iterator[Table]:
 
 def _options(parsed: argparse.Namespace) -> Options:
     return Options(
-        device=torch.device(parsed.device),
+        device=parsed.device,
         # Few rounds would do for a smoke test; below 20 no median of a bar is published.
         rounds=QUICK_ROUNDS if parsed.quick else parsed.repeats,
         quick=parsed.quick,
@@ -104,7 +104,7 @@ def _options(parsed: argparse.Namespace) -> Options:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dbmtl_fused bench", description=__doc__)
     parser.add_argument("what", nargs="?", choices=("ops", "step", "memory", "all"), default="all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=info.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: shows that everything runs")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     parser.add_argument("--repeats", type=int, default=20, help="rounds, each with one sample of every candidate")

@@ -40,6 +40,17 @@ def build_facts() -> dict[str, str]:
     return facts
 
 
+def device(name: str) -> torch.device:
+    """Parse the argument of ``--device``: a device that torch can use here."""
+    here = list(devices())
+    indices = range(torch.accelerator.device_count() if here[1:] else 0)
+    names = [*here, *(f"{here[-1]}:{i}" for i in indices)]
+    if name not in names:
+        hint = "" if indices else f"; for a GPU: {backends.no_gpu()}"
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, got {name!r}{hint}")
+    return torch.device(name)
+
+
 def devices() -> dict[str, str]:
     """Device types to report on: the CPU, and the accelerator if there is one."""
     found = {

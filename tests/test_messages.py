@@ -157,21 +157,23 @@ def test_the_environment_names_no_backend(
     assert complaint(capsys, command) == f"{backends.ENVIRONMENT_VARIABLE} must be one of {NAMES}, got {value!r}"
 
 
+@pytest.mark.parametrize("command", ["check", "demo", "bench"])
 @pytest.mark.parametrize("name", ["nonsense", "cuda", "meta", "cpu:7"])
-def test_check_on_a_device_that_is_not_there(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_device_that_is_not_there(
+    command: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(backends, "no_gpu", lambda: "none today")
-    expected = f"--device must be one of cpu, got {name!r}; for a GPU: none today"
-    assert complaint(capsys, "check", "--device", name) == expected
+    expected = f"argument --device: must be one of cpu, got {name!r}; for a GPU: none today"
+    assert complaint(capsys, command, "--device", name) == expected
 
 
-def test_check_on_one_gpu_too_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_gpu_too_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    expected = "--device must be one of cpu, cuda, cuda:0, cuda:1, got 'cuda:2'"
+    expected = "argument --device: must be one of cpu, cuda, cuda:0, cuda:1, got 'cuda:2'"
     assert complaint(capsys, "check", "--device", "cuda:2") == expected
 
 

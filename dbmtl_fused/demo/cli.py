@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dbmtl_fused import info
 from dbmtl_fused.demo import digits, figure, report
 from dbmtl_fused.demo.study import add_arguments, run_study
 from dbmtl_fused.demo.training import EQUAL_WEIGHTING, METHODS, Settings
@@ -23,7 +24,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     add_arguments(result, epochs=6)
     result.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default %(default)s)")
-    result.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default %(default)s")
+    result.add_argument("--device", type=info.device, default="cpu", help="default %(default)s")
     result.add_argument("--quick", action="store_true", help="two short epochs, to see that everything works")
     return result
 
