@@ -113,14 +113,13 @@ def test_many_steps_with_generated_code(rng: Rng) -> None:
 
 @pytest.mark.usefixtures("_no_donated_buffers")
 def test_a_recompilation_would_show(rng: Rng) -> None:
-    """Between steps, what a balancer could be tempted to do: freeze a parameter."""
+    """Another size, as every torch compiles anew for it; torch 2.11 does not for a parameter that was frozen."""
     net = make_net()
     losses = compiled_losses(net, "encoder", "aot_eager")
     x, target = net.batch(rng)
     losses(x, target)
-    net.encoder[5].bias.requires_grad_(False)
     with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompile"):
-        losses(x, target)
+        losses(x[1:], target[1:])
 
 
 # --- Donated buffers
