@@ -103,7 +103,7 @@ class Prepared:
 
 
 seeds = st.integers(0, 2**16)
-forms = st.sampled_from(["list", "list", "tuple", "dict", "stack", "stack", "unplain"])
+forms = st.sampled_from(["list", "list", "tuple", "dict", "stack", "stack", "unplain", "0-d"])
 graphs = st.sampled_from(["one", "one", "each", "mixed"])
 variants = st.tuples(*[st.sampled_from(["", "", "", "(1,)", "(1, 1)", "double"])] * 4)
 factors = st.sampled_from([1.0, 1.0, 0.25, -2.0, 1024.0, 0.0, 1e-40])
@@ -251,6 +251,29 @@ WRONG_CALLS: dict[str, tuple[Callable[..., bool], Callable[..., Any], Callable[.
     "mask as a list": (always, as_list, lambda m: {"active": [True] * m.T}, TypeError),
 }
 """When it applies, losses, options, and what is raised."""
+
+
+def shortened(state: dict[str, Any]) -> None:
+    state["ema"]["plain"] = state["ema"]["plain"][:, :2]
+
+
+def renamed(state: dict[str, Any]) -> None:
+    state["ema"]["other"] = state["ema"].pop("plain")
+
+
+ANY_KIND = (TypeError, ValueError, AttributeError, RuntimeError)
+WRONG_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], Any]] = {
+    "no EMA": (lambda state: state.pop("ema"), ValueError),
+    "no step": (lambda state: state.pop("step"), ValueError),
+    "no names": (lambda state: state.pop("reached"), ValueError),
+    "other tasks": (lambda state: state.update(task_names=[*state["task_names"], "x"]), ValueError),
+    "another shape": (shortened, ValueError),
+    "another parameter": (renamed, ValueError),
+    "step is a word": (lambda state: state.update(step="x"), ANY_KIND),
+    "a number of names": (lambda state: state.update(reached=5), ANY_KIND),
+    "an EMA of words": (lambda state: state["ema"].update(plain="x"), ANY_KIND),
+}
+"""How a state is spoilt, and what is raised; more than a ValueError: only if loading is all or nothing."""
 
 
 class Sequences(RuleBasedStateMachine):
@@ -878,6 +901,27 @@ class Sequences(RuleBasedStateMachine):
         self.check()
 
     # --- Rules: what goes wrong
+
+    @precondition(lambda self: getattr(self, "saved", None) is not None)
+    @rule(name=st.sampled_from(list(WRONG_STATES)))
+    def wrong_load(self, name: str) -> None:
+        """It raises, and nothing has changed."""
+        assert self.saved is not None
+        spoil, kinds = WRONG_STATES[name]
+        if (
+            (kinds is not ValueError and "atomic load" in NOT_YET)
+            or self.saved[1].is_dropped
+            or self.options["beta"] == 0
+        ):
+            return
+        state = dict(copy.deepcopy(self.saved[0]))
+        spoil(state)
+        preference = self.balancer.preference
+        kept = None if preference is None else preference.clone()
+        with self.unchanged(), pytest.raises(kinds):
+            self.balancer.load_state_dict(state)
+        assert preference is None or (kept is not None and same(preference, kept))
+        self.check()
 
     @rule(seed=seeds, name=st.sampled_from(list(WRONG_CALLS)), drop_in=flips)
     def wrong_call(self, seed: int, name: str, drop_in: bool) -> None:
