@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dbmtl_fused import backends
-from dbmtl_fused._ops import STATE_DTYPES, compute_dtype
-from dbmtl_fused.capture import BucketCapture, Capture, GradCapture
-from dbmtl_fused.checkpoint import check_keys, check_shapes
-from dbmtl_fused.engine import backward_pass, balanced_loss
-from dbmtl_fused.functional import alpha_arguments, check_finite_float
+from dbmtl_fused import backends, checkpoint
+from dbmtl_fused._ops import NEGATIVE_LOSS_TOLERANCE, STATE_DTYPES, compute_dtype
+from dbmtl_fused.capture import Collector, assign_grads, count_sole_holder, with_hooks
+from dbmtl_fused.engine import backward_pass, balanced_loss, runs_eagerly
+from dbmtl_fused.functional import alpha_arguments, check_beta, check_eps, check_in_range
+from dbmtl_fused.grads import accumulate
 from dbmtl_fused.guards import Guard
-from dbmtl_fused.layout import FlatLayout, named_shared_parameters
+from dbmtl_fused.layout import FlatLayout, large_first, named_shared_parameters
 from dbmtl_fused.losses import TaskLosses
 from dbmtl_fused.rows import EmaRows, Step, SumRows
 from dbmtl_fused.schedule import BetaSchedule
-from dbmtl_fused.tasks import Losses, check_active, preferences_of, task_names_of, tasks_of
+from dbmtl_fused.tasks import Losses, check_active, positive_integer, preferences_of, task_names_of, tasks_of
 from dbmtl_fused.window import Window, check_accumulation_steps
 
 CPU_BUCKET_BYTES = 1 << 20
 """Default bucket on CPUs: gradients are used while they are in the cache, and malloc reuses the same warm pages."""
+
+FIXED = ("log_losses", "state_dtype", "drop_ema_below", "bucket_bytes", "backend", "layout", "task_names")
+"""Options and facts of a balancer that stay as they were built."""
+
+
+class _Call(NamedTuple):
+    """The losses of one call and the step they are for, checked."""
+
+    tasks: list[int]
+    losses: TaskLosses
+    active: Tensor | None
+    accumulation_steps: int | None
 
 
 class DBMTL:
@@ -58,15 +71,15 @@ class DBMTL:
         the sum. None: 1 for all.
     :param log_losses: Whether losses are balanced by their log. With ``alpha=None, beta=0`` only the log is left;
         without the log too it is equal weighting, the plain sum of losses: both take one backward pass.
-    :param eps: Added to norms, > 0.
+    :param eps: Added to norms, >= 1e-12 (float64: 1e-150): norms below 1e-19 (1e-154) count as 0.
     :param log_eps: Added to losses under the log, > 0.
     :param state_dtype: dtype of the EMA: float32, float64, or bfloat16, which halves the buffer and is rounded
         stochastically (arithmetic stays in float32). None: float64 if any shared parameter is float64, else float32.
     :param drop_ema_below: Free the buffer once ``β_k`` is below this: late in a training, each step's gradients speak
         for themselves, as with ``beta=0``. None: never.
-    :param bucket_bytes: None gathers gradients from ``.grad`` after each task's backward pass; ``n`` takes them on
-        their way there, in buckets of at least ``n`` bytes, of which one is alive at a time; on a GPU that takes shared
-        parameters that are all used on one stream. ``"auto"``: 1 MiB on CPUs, else None.
+    :param bucket_bytes: Gradients of one task that are gathered before its row is updated: None for all of them, ``n``
+        for buckets of at least ``n`` bytes, of which one is alive at a time. On a GPU, buckets need shared parameters
+        that are all used on one stream. ``"auto"``: 1 MiB on CPUs, else None.
     :param backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``. See ``python -m dbmtl_fused
         info``.
     :raises TypeError: If an argument or a shared parameter is of a kind that is not supported.
@@ -82,8 +95,13 @@ class DBMTL:
 
     .. note:: A non-finite gradient entry leaves its EMA entry as it was (a non-finite loss: its whole row), turns
         the whole shared ``.grad`` into NaN, so that a gradient scaler or a guard in your loop sees it, and does not
-        advance ``k``. Finite entries of that step have advanced.
+        advance ``k``. Other entries of that step have advanced. An entry beyond ``2**46`` in magnitude (float64 state:
+        ``2**490``) counts as non-finite: the squares of a row of them would overflow.
     """
+
+    task_names: list[str]
+    layout: FlatLayout
+    backend: str
 
     def __init__(
         self,
@@ -103,39 +121,163 @@ class DBMTL:
         bucket_bytes: int | str | None = "auto",
         backend: str = "auto",
     ) -> None:
-        self.task_names = task_names_of(num_tasks, task_names)
-        self._schedule = BetaSchedule(beta, beta_sigma, drop_ema_below)
-        check_finite_float("eps", eps, above=0.0)
-        check_finite_float("log_eps", log_eps, above=0.0)
-        self.beta, self.beta_sigma = beta, beta_sigma
-        self.log_eps = log_eps if log_losses else None
-        alpha_mode = alpha_arguments(alpha)
-        preferences = preferences_of(preference, self.task_names)
-
         named = named_shared_parameters(shared)
-        left_out = [(name, p) for name, p in named if not p.requires_grad]
-        named = [(name, p) for name, p in named if p.requires_grad]
-        self.layout = FlatLayout(named)
-        self._params = [named[i][1] for i in self.layout.order]
-        self._guard = Guard(self.layout, self._params, left_out)
-        self._state_dtype = self._checked_state_dtype(state_dtype)
-        self._bucket_bytes = self._checked_bucket_bytes(bucket_bytes)
-        self.backend = backends.resolve(backend, self.layout.device)
+        self._build(
+            [(name, p) for name, p in named if p.requires_grad],
+            [(name, p) for name, p in named if not p.requires_grad],
+            {
+                "task_names": task_names_of(num_tasks, task_names),
+                "beta": beta,
+                "beta_sigma": beta_sigma,
+                "alpha": alpha,
+                "preference": preference,
+                "log_losses": log_losses,
+                "eps": eps,
+                "log_eps": log_eps,
+                "state_dtype": state_dtype,
+                "drop_ema_below": drop_ema_below,
+                "bucket_bytes": bucket_bytes,
+                "backend": backend,
+            },
+        )
+        self._guard.watch(shared if isinstance(shared, torch.nn.Module) else None)
+
+    def _build(
+        self, named: list[tuple[str, Tensor]], left_out: list[tuple[str, Tensor]], options: dict[str, Any]
+    ) -> None:
+        """Build the balancer.
+
+        :param named: The shared parameters that are balanced.
+        :param left_out: Those that are frozen.
+        :param options: The other arguments of the constructor.
+        """
+        named, self._options = large_first(named), options
+        self.__dict__["task_names"] = list(options["task_names"])
+        self._schedule = BetaSchedule(options["beta"], options["beta_sigma"], options["drop_ema_below"])
+        self.__dict__["layout"] = FlatLayout(named)
+        self._state_dtype = self._checked_state_dtype(options["state_dtype"])
+        self._dtype = compute_dtype(self._state_dtype)
+        check_beta(options["beta"], self._dtype)
+        self._alpha = alpha_arguments(options["alpha"], self._dtype)
+        check_eps(options["eps"], self._dtype)
+        _check_log_eps(options["log_eps"])
+        preferences = preferences_of(options["preference"], self.task_names, self._dtype)
+        bucket_bytes = self._checked_bucket_bytes(options["bucket_bytes"])
+        self.__dict__["backend"] = backends.resolve(options["backend"], self.layout.device)
 
         self._ops = backends.operators(self.backend)
-        arguments = self.layout, self._ops, alpha_mode, eps, self._state_dtype
-        self._new_ema_rows = partial(EmaRows, self.num_tasks, *arguments)
-        self._new_sum_rows = partial(SumRows, self.num_tasks, *arguments)
-        self._is_plain_sum = alpha is None and preference is None  # without an EMA: one ordinary backward pass
-        self._rows: EmaRows | SumRows | None = self._new_ema_rows() if beta > 0 else self._rows_without_ema()
-        self.preference: Tensor | None = None
-        if preferences is not None:
-            dtype = compute_dtype(self._state_dtype)
-            self.preference = torch.tensor(preferences, dtype=dtype, device=self.layout.device)
+        self._params = [named[i][1] for i in self.layout.order]
+        self._guard = Guard(self.layout, self._params, left_out)
+        count_sole_holder()
+        self._collector = Collector(self.layout, self._params, self._sink, bucket_bytes)
+        self._is_plain_sum = options["alpha"] is None and preferences is None  # without EMA: one ordinary backward pass
+        self._rows: EmaRows | SumRows | None = None
+        self._preference = None if preferences is None else self._tensor(preferences)
         self._step = torch.zeros((), dtype=torch.int64, device=self.layout.device)
-        self._one = torch.ones((), dtype=compute_dtype(self._state_dtype), device=self.layout.device)
+        self._one = torch.ones((), dtype=self._dtype, device=self.layout.device)
         self._all_shared_graphs = False
+        self._is_running = False
+        self._held: _Held | None = None
+        self._rows = self._new_rows()
         self.reset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED:
+            raise AttributeError(f"{name} of a DBMTL cannot be changed after it is built; build a new one")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        options = {name: value for name, value in self._options.items() if name not in ("task_names", "backend")}
+        shown = [f"task_names={self.task_names}", *(f"{name}={value!r}" for name, value in options.items())]
+        size = f"{len(self.layout.slots)} shared parameters, {self.layout.numel:,} numbers on {self.layout.device}"
+        return f"DBMTL({', '.join(shown)}, backend={self.backend!r}: {size})"
+
+    @property
+    def beta(self) -> float:
+        """EMA coefficient; may be set, but not between 0 and others."""
+        return self._options["beta"]
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        check_beta(beta, self._dtype)
+        if (beta > 0) != (self.beta > 0):
+            raise ValueError(f"beta must stay {'above 0' if self.beta else '0'}, got {beta}; build a new balancer")
+        self._set_schedule(beta, self.beta_sigma)
+
+    @property
+    def beta_sigma(self) -> float:
+        """Decay of the EMA coefficient; may be set."""
+        return self._options["beta_sigma"]
+
+    @beta_sigma.setter
+    def beta_sigma(self, beta_sigma: float) -> None:
+        self._set_schedule(self.beta, beta_sigma)
+
+    def _set_schedule(self, beta: float, beta_sigma: float) -> None:
+        schedule = BetaSchedule(beta, beta_sigma, self._options["drop_ema_below"])
+        schedule.restart(self._schedule.at_most)
+        self._schedule = schedule
+        self._options |= {"beta": beta, "beta_sigma": beta_sigma}
+
+    @property
+    def alpha(self) -> str | float | None:
+        """``alpha`` as it was given; may be set."""
+        return self._options["alpha"]
+
+    @alpha.setter
+    def alpha(self, alpha: str | float | None) -> None:
+        arguments = alpha_arguments(alpha, self._dtype)
+        if (alpha is None) != (self.alpha is None):
+            raise ValueError(
+                f"alpha must {'stay None' if self.alpha is None else 'not become None'}, got {alpha!r}; build a new "
+                "balancer"
+            )
+        self._options["alpha"], self._alpha = alpha, arguments
+        self._update_weighting()
+
+    @property
+    def eps(self) -> float:
+        """Number added to norms; may be set."""
+        return self._options["eps"]
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        check_eps(eps, self._dtype)
+        self._options["eps"] = eps
+        self._update_weighting()
+
+    def _update_weighting(self) -> None:
+        if self._rows is not None:
+            self._rows.set_weighting(self._alpha, self.eps)
+
+    @property
+    def log_eps(self) -> float | None:
+        """Number added to losses under the log, None without a log; may be set."""
+        return self._options["log_eps"] if self._options["log_losses"] else None
+
+    @log_eps.setter
+    def log_eps(self, log_eps: float) -> None:
+        if not self._options["log_losses"]:
+            raise ValueError(f"log_eps must stay unset with log_losses=False, got {log_eps!r}")
+        _check_log_eps(log_eps)
+        self._options["log_eps"] = log_eps
+
+    @property
+    def preference(self) -> Tensor | None:
+        """Preferences ``(T,)`` on the device, which may be written to between steps; None: 1 for all. May be set, as in
+        the constructor."""
+        return self._preference
+
+    @preference.setter
+    def preference(self, preference: Sequence[float] | Mapping[str, float] | Tensor | None) -> None:
+        values = preferences_of(preference, self.task_names, self._dtype)
+        if values is not None and self._is_plain_sum:
+            raise ValueError("preference must be given when a balancer with alpha=None is built, got one afterwards")
+        self._preference = None if values is None else self._tensor(values)
+        self._options["preference"] = values
+
+    def _tensor(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=self._dtype, device=self.layout.device)
 
     @property
     def num_tasks(self) -> int:
@@ -158,7 +300,9 @@ class DBMTL:
     def grad_norm(self) -> Tensor:
         """Norm of the balanced shared gradient of the last step, 0-d: as ``clip_grad_norm_`` would find it in ``.grad``
         if that was empty before, without another pass. Not in the units of a gradient scaler."""
-        return self.alpha_value.new_full((), torch.nan) if self._last is None else self._last.grad_norm()
+        if self._last is None:
+            return self.alpha_value.new_full((), torch.nan)
+        return self._last.grad_norm() if isinstance(self._last, Step) else self._last.clone()
 
     @torch.no_grad()
     def gram(self) -> Tensor:
@@ -182,8 +326,10 @@ class DBMTL:
         return (gram / (norms[:, None] * norms)).where(gram != 0, 0).clamp(-1, 1)
 
     def log_dict(self, prefix: str = "dbmtl/") -> dict[str, Tensor]:
-        """What to watch, by name, for TensorBoard, W&B and the like: each task's norm and weight, alpha and the norm of
-        the balanced gradient; 0-d device tensors of the last step.
+        """Return each task's norm and weight, alpha and the norm of the balanced gradient of the last step, by name.
+
+        Values are 0-d device tensors, as TensorBoard, W&B and Lightning's ``self.log_dict`` take them; HF Trainer's
+        ``log`` wants numbers: ``{name: value.item() for ...}``.
         """
         logged = {"alpha": self.alpha_value, "grad_norm": self.grad_norm}
         for name, norm, weight in zip(self.task_names, self.norms.unbind(), self.weights.unbind(), strict=True):
@@ -200,21 +346,34 @@ class DBMTL:
         if task is not None:
             self._reset_task(task)
             return
+        self._failure: str | None = "reset() did not finish"
+        self._collector.end()
+        self._is_running = False
         self._step.zero_()
         self._schedule.restart()
         if self.beta > 0:
             self._ema_rows().clear()
         self._reached = [False] * len(self._params)  # by any task, ever
-        self._failure: str | None = None
         self._window: Window | None = None
+        self._last_losses: TaskLosses | None = None
         self._forget_results()
+        self._hold_anew()
+        self._failure = None
+
+    def _reset_task(self, task: str) -> None:
+        if task not in self.task_names:
+            raise ValueError(f"task must be one of {self.task_names}, got {task!r}")
+        if self._window is not None:
+            raise RuntimeError("one task cannot be reset in the middle of an accumulation window; flush() it first")
+        if isinstance(self._rows, EmaRows):
+            self._rows.clear(self.task_names.index(task))
 
     def _forget_results(self) -> None:
-        self._last: Step | None = None
-        dtype, device = compute_dtype(self._state_dtype), self.layout.device
-        unmeasured = torch.full((self.num_tasks,), torch.nan, dtype=dtype, device=device)
+        self._last: Step | Tensor | None = None
+        unmeasured = torch.full((self.num_tasks,), torch.nan, dtype=self._dtype, device=self.layout.device)
         self.norms, self.weights, self.alpha_value = unmeasured, unmeasured.clone(), unmeasured[0].clone()
 
+    @runs_eagerly
     def backward(
         self,
         losses: Losses,
@@ -245,29 +404,18 @@ class DBMTL:
         :param retain_graph: Keep the graphs for further backward passes.
         :raises TypeError, ValueError: If an argument does not fit; nothing has changed then.
         :raises RuntimeError: If the balancer cannot be used (stale, DDP, an earlier failure), or a task's backward
-            pass fails or reaches no shared parameter. In the last two cases shared ``.grad`` is unchanged and
-            ``reset()`` or ``load_state_dict()`` must follow.
+            pass fails or reaches no shared parameter. Shared ``.grad`` is unchanged then. If the EMA is not,
+            ``reset()`` or ``load_state_dict()`` must follow, and the next call says so.
         """
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
-        self._prepare()
-        tasks, task_losses = self._task_losses(losses, active, accumulation_steps)
-        scale = self._one.to(task_losses.values.dtype)
+        call = self._checked_call(losses, active, accumulation_steps, overwrite)
+        scale = self._one.to(call.losses.dtype)
         if scaler is not None:
             scale = scaler.scale(scale)
-        if self._rows is None:
-            self._plain_backward(tasks, task_losses, scale, active, overwrite, retain_graph, accumulation_steps)
-        else:
-            grads = self.balanced_grads(
-                task_losses,
-                scale,
-                tasks=tasks,
-                active=active,
-                accumulation_steps=accumulation_steps,
-                retain_graph=retain_graph,
-            )
-            self._accumulate(grads, overwrite)
+        self._run(call, scale, retain_graph=retain_graph, overwrite=overwrite)
 
+    @runs_eagerly
     def flush(self, *, overwrite: bool = False) -> None:
         """End an accumulation window that stays short, as at the end of an epoch, and take its step.
 
@@ -280,12 +428,13 @@ class DBMTL:
         """
         if self._window is None:
             return
-        self._check_usable()
+        self._check_usable(overwrite)
         if self._rows is None:
-            self._end_plain_step()
+            self._end_plain_step(self._window, None)
         else:
-            self._accumulate(self._finish_step(), overwrite)
+            self._write(self._finish_step(self._window), overwrite)
 
+    @runs_eagerly
     def __call__(
         self,
         losses: Losses,
@@ -304,87 +453,73 @@ class DBMTL:
         :raises RuntimeError: In backward: with ``create_graph=True``, and when run a second time.
         """
         if not torch.is_grad_enabled():
-            return self._task_losses(losses, active, accumulation_steps, need_graph=False)[1].value()
-        self._prepare()
-        tasks, task_losses = self._task_losses(losses, active, accumulation_steps)
-        if self._rows is None:
-            return self._plain_loss(tasks, task_losses, active, accumulation_steps)
-        grads = partial(self.balanced_grads, tasks=tasks, active=active, accumulation_steps=accumulation_steps)
-        return balanced_loss(grads, task_losses, self._params)
+            return self._task_losses(losses, active, accumulation_steps, need_graph=False).losses.value()
+        if active is not None:
+            check_active(active, self.num_tasks, self.layout.device)
+            active = active.clone()  # the mask of this call, whenever its backward pass runs
+        call = self._checked_call(losses, active, accumulation_steps)
+        return self._plain_loss(call) if self._next_is_plain() else balanced_loss(_PendingStep(self, call))
 
-    @torch.no_grad()
-    def balanced_grads(
-        self,
-        losses: TaskLosses,
-        scale: Tensor,
-        *,
-        tasks: Sequence[int],
-        active: Tensor | None,
-        accumulation_steps: int | None,
-        retain_graph: bool,
-        inputs: Sequence[Tensor] | None = None,
-    ) -> list[Tensor | None]:
-        """Run the backward passes of ``losses`` and, if that completes it, a step of the EMA.
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Return a context in which steps give gradients but leave the EMA and ``k`` as they are.
 
-        :param scale: Factor on all gradients that come out, not on those that go into the EMA, 0-d.
-        :param tasks: Whose losses they are.
-        :param active, accumulation_steps: As in :meth:`backward`.
-        :param retain_graph: Keep the graphs.
-        :param inputs: The only leaves to reach; None: all.
-        :returns: The balanced gradient of each shared parameter, in the layout's order; None where none is to be
-            assigned: frozen parameters, those that no task has ever reached, and all of them until the step is
-            complete.
+        For optimizers that evaluate the model several times in one step (LBFGS, SAM). Takes as much memory as the EMA.
+        On the way out, a step that has failed and an accumulation window that is still open are forgotten.
+
+        :raises RuntimeError: In the middle of an accumulation window.
         """
-        rows = self._rows
-        assert rows is not None, "a plain sum has no balanced gradients"
-        window = self._open_window(tasks, accumulation_steps)
-        keep = [retain_graph or shared for shared in self._shared_graphs(losses)]
-        self._task = tasks[0]
+        if self._window is not None:
+            raise RuntimeError("hold() cannot begin in the middle of an accumulation window; flush() it first")
+        before, self._held = self._held, _Held(self._rows, self._step, self._schedule)
         try:
-            if window.step is None:
-                window.step = self._new_step(window, active)
-                rows.begin(window.step)
-            seeds = self._seeds(window.step, tasks, losses, scale, window.size)
-            with self._capture() as capture:
-                for task, root, seed, kept in zip(tasks, losses.roots, seeds, keep, strict=True):
-                    self._task = task
-                    backward_pass(root, seed, retain_graph=kept, inputs=inputs)
-                    with self._no_autocast():
-                        reached = capture.finish_task()
-                        self._note_reached(task, reached)
-                        rows.end_task(task)
-                    window.taken[task] += 1
-        except BaseException as error:
-            name = self.task_names[self._task]
-            self._failure = f"the backward pass of task {name!r} failed ({type(error).__name__}: {error})"
-            raise
-        return self._finish_step() if window.is_complete() else [None] * len(self._params)
+            yield
+        finally:
+            if self._failure or self._window is not None:
+                self._held.restore(self._rows, self._step, self._schedule)
+                self._failure = self._window = None
+            self._held = before
 
-    @torch.no_grad()
-    def _finish_step(self) -> list[Tensor | None]:
-        """End the window: balance what it got."""
-        rows, window = self._rows, self._window
-        assert rows is not None
-        assert window is not None
-        assert window.step is not None
-        step, self._window = window.step, None
-        try:
-            with self._no_autocast():
-                step.leave_out(window.absent())
-                flats = rows.finish()
-        except BaseException as error:
-            self._failure = f"the balancing of its last step failed ({type(error).__name__}: {error})"
-            raise
-        self.norms, self.weights, self.alpha_value = step.norms, step.weights, step.alpha_value
-        self._last = step
-        return self._views(flats)
+    def _hold_anew(self) -> None:
+        """Hold the state that has been loaded, or that of a reset, from now on."""
+        if self._held is not None:
+            self._held = _Held(self._rows, self._step, self._schedule)
+
+    def _checked_call(
+        self, losses: Losses, active: Tensor | None, accumulation_steps: int | None, overwrite: bool = False
+    ) -> _Call:
+        """Return the losses of a call; raise, before anything has changed, if they could not be balanced."""
+        self._check_usable(overwrite)
+        call = self._task_losses(losses, active, accumulation_steps)
+        if self._next_is_plain():
+            return call
+        nodes, ids = set(self._collector.nodes), {id(p) for p in self._params}
+        if (name := call.losses.unreachable(nodes, ids)) is not None:
+            raise self._reaches_nothing(name)
+        return call
+
+    def _check_usable(self, overwrite: bool = False) -> None:
+        """Raise if a step now would be wrong, before anything has changed."""
+        if self._is_running:
+            raise RuntimeError(
+                "a step of this balancer is running: this call came from within its backward passes, or from another "
+                "thread; call reset() if an interrupt left it so"
+            )
+        if self._failure:
+            raise RuntimeError(
+                f"the balancer's state is incomplete: {self._failure}; call reset() or load_state_dict() before the "
+                "next step"
+            )
+        self._guard.check(overwrite)
+        if type(self._preference) is Tensor and self._preference.device.type == "cpu":  # elsewhere it would wait
+            preferences_of(self._preference, self.task_names, self._dtype)
 
     def _task_losses(
         self, losses: Losses, active: Tensor | None, accumulation_steps: int | None, need_graph: bool = True
-    ) -> tuple[list[int], TaskLosses]:
-        """The tasks that ``losses`` are of, and the losses, checked against the window they fall into."""
+    ) -> _Call:
+        """Return the losses and their tasks, checked against the window they fall into."""
         if accumulation_steps is not None:
-            self._check_accumulation(accumulation_steps, active)
+            accumulation_steps = self._checked_accumulation(accumulation_steps, active)
         if active is not None:
             check_active(active, self.num_tasks, self.layout.device)
             active = active.contiguous()
@@ -392,151 +527,198 @@ class DBMTL:
         if self._window is not None and need_graph:
             self._window.check(tasks, accumulation_steps)
         names = [self.task_names[task] for task in tasks]
+        of_losses = active
         if active is not None and len(tasks) < self.num_tasks:
-            active = torch.stack([active[task] for task in tasks])
+            of_losses = torch.stack([active[task] for task in tasks])
         device = self.layout.device
-        return tasks, TaskLosses(present, names, self.log_eps, device, active=active, need_graph=need_graph)
+        checked = TaskLosses(present, names, self.log_eps, device, active=of_losses, need_graph=need_graph)
+        return _Call(tasks, checked, active, accumulation_steps)
 
-    def _check_accumulation(self, accumulation_steps: int, active: Tensor | None) -> None:
-        check_accumulation_steps(accumulation_steps)
+    def _checked_accumulation(self, accumulation_steps: int, active: Tensor | None) -> int:
+        number = check_accumulation_steps(accumulation_steps)
         if active is not None:
             raise ValueError(
                 "active must be None with accumulation_steps: within a window, give the losses of the tasks that are "
                 "there"
             )
         lacks_buffer = isinstance(self._rows, SumRows) or (self._schedule.ends and not self._is_plain_sum)
-        if accumulation_steps > 1 and lacks_buffer:
+        if number > 1 and lacks_buffer:
             option = "drop_ema_below" if self._schedule.ends else "beta=0"
             raise ValueError(
-                f"accumulation_steps must be 1 with {option}, got {accumulation_steps}: without an EMA there is no "
+                f"accumulation_steps must be 1 with {option}, got {number}: without an EMA there is no "
                 "buffer in which each task's gradients could be added up"
             )
+        return number
 
-    def _open_window(self, tasks: Sequence[int], accumulation_steps: int | None) -> Window:
-        """The window that has begun, or a new one."""
-        if self._window is None:
-            self._window = Window(self.task_names, accumulation_steps)
-        self._window.check(tasks, accumulation_steps)
-        return self._window
+    def _reaches_nothing(self, task: str) -> RuntimeError:
+        return RuntimeError(
+            f"the loss of task {task!r} reaches no shared parameter; if it should, the balancer is stale (was it built "
+            "before parameters were replaced, by fully_shard, weight_norm or to_empty, or copied without its model?)"
+        )
 
-    def _prepare(self) -> None:
-        """Before the losses of a call are looked at: raise if they could not be balanced, and let go of an EMA whose
-        time is over."""
-        self._check_usable()
-        if self._window is None and isinstance(self._rows, EmaRows) and self._schedule.is_over(self._step):
-            self._rows = self._rows_without_ema()
+    # --- A step
+
+    def _run(self, call: _Call, scale: Tensor, *, retain_graph: bool, overwrite: bool = False) -> None:
+        """Run the backward passes of a call and accumulate into every ``.grad``."""
+        if self._next_is_plain():
+            self._run_plain(call, scale, retain_graph, overwrite)
+        else:
+            self._write(self._balanced_grads(call, scale, retain_graph=retain_graph), overwrite)
+
+    @torch.no_grad()
+    def _write(self, grads: Sequence[Tensor | None], overwrite: bool) -> None:
+        accumulate(self._params, list(map(with_hooks, self._params, grads)), overwrite)
+        self._end_call()
+
+    def _end_call(self) -> None:
+        if self._held is not None and self._window is None:
+            self._held.restore(self._rows, self._step, self._schedule)
+        self._failure = None
+
+    @torch.no_grad()
+    def _balanced_grads(
+        self, call: _Call, scale: Tensor, *, retain_graph: bool, inputs: Sequence[Tensor] | None = None
+    ) -> list[Tensor | None]:
+        """Run the backward passes of a call and, if that completes it, a step of the EMA.
+
+        :param scale: Factor on all gradients that come out, not on those that go into the EMA, 0-d.
+        :param inputs: The only leaves to reach; None: all.
+        :returns: The balanced gradient of each shared parameter, in the layout's order; None where none is to be
+            assigned: frozen parameters, those that no task has ever reached, and all of them until the step is
+            complete.
+        """
+        window = self._window or Window(self.task_names, call.accumulation_steps)
+        window.check(call.tasks, call.accumulation_steps)
+        keep = [retain_graph or shared for shared in self._shared_graphs(call.losses)]
+        # An interrupt may hit any line, so that cleaning up stands in two places, of which it cannot hit both.
+        try:
+            self._is_running = True
+            self._collect(window, call, scale, keep, inputs)
+        except BaseException as error:
+            if self._failure:
+                self._failure = (
+                    f"the backward pass of task {self._task_name!r} failed ({type(error).__name__}: {error})"
+                )
+            elif window.step is not None:
+                window.step.undo_take()
+            raise
+        finally:
+            self._stop()
+        self._last_losses = call.losses
+        if window.is_complete():
+            return self._finish_step(window)
+        self._window = window
+        return [None] * len(self._params)
+
+    def _collect(
+        self, window: Window, call: _Call, scale: Tensor, keep: list[bool], inputs: Sequence[Tensor] | None
+    ) -> None:
+        """Take the gradients of all tasks of a call."""
+        if window.step is None:
+            self._drop_ema_in_time()
+            window.step = self._new_step(window, call.active)
+            self._rows_now().begin(window.step)
+        seeds = self._seeds(window.step, call, scale, window.size)
+        try:
+            self._collector.begin()
+            with self._collector.backward_pass():
+                for task, root, seed, kept in zip(call.tasks, call.losses.roots, seeds, keep, strict=True):
+                    self._task, self._task_name = task, self.task_names[task]
+                    backward_pass(root, seed, retain_graph=kept, inputs=inputs)
+                    with self._no_autocast():
+                        reached = self._collector.finish_task()
+                        if not reached:
+                            raise self._reaches_nothing(self._task_name)
+                        self._rows_now().end_task(task)
+                    window.reached |= reached
+                    window.taken[task] += 1
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._collector.end()
+        self._is_running = False
+
+    def _sink(self, slots: Sequence[int], grads: Sequence[Tensor | None], accumulate: bool) -> None:
+        with self._no_autocast():  # hooks run inside the backward pass, under whatever the user has on
+            if isinstance(self._rows, EmaRows):
+                self._failure = "its last step did not finish"  # until it has: the EMA changes from here on
+            self._rows_now().update(self._task, slots, grads, accumulate)
+
+    @torch.no_grad()
+    def _finish_step(self, window: Window) -> list[Tensor | None]:
+        """End the window: balance what it got."""
+        assert window.step is not None
+        rows, step, absent = self._rows_now(), window.step, window.absent()
+        try:
+            self._failure, self._window = "the balancing of its last step did not finish", None
+            if not absent:
+                self._guard.check_reached(window.reached, self._reached)
+            reached = [already or i in window.reached for i, already in enumerate(self._reached)]
+            slots = [i for i, is_reached in enumerate(reached) if is_reached]
+            with self._no_autocast():
+                step.leave_out(absent)
+                balanced = rows.finish(slots)
+        except BaseException as error:
+            self._failure = f"the balancing of its last step failed ({type(error).__name__}: {error})"
+            raise
+        self._reached = reached
+        self.norms, self.weights, self.alpha_value = step.norms, step.weights, step.alpha_value
+        self._last = step
+        grads: list[Tensor | None] = [None] * len(self._params)
+        for i, grad in zip(slots, balanced, strict=True):
+            grads[i] = grad if self._params[i].requires_grad else None
+        return grads
+
+    def _new_rows(self) -> EmaRows | SumRows | None:
+        return self._new_ema_rows() if self.beta > 0 else self._rows_without_ema()
+
+    def _new_ema_rows(self) -> EmaRows:
+        return EmaRows(self.num_tasks, self.layout, self._ops, self._alpha, self.eps, self._state_dtype)
 
     def _rows_without_ema(self) -> SumRows | None:
-        return None if self._is_plain_sum else self._new_sum_rows()
+        if self._is_plain_sum:
+            return None
+        return SumRows(self.num_tasks, self.layout, self._ops, self._alpha, self.eps, self._state_dtype)
+
+    def _rows_now(self) -> EmaRows | SumRows:
+        if self._rows is None:
+            raise RuntimeError("the EMA was dropped after this loss was made; call balancer(losses) again")
+        return self._rows
 
     def _ema_rows(self) -> EmaRows:
-        """The buffer; a new one if it has been dropped."""
+        """Return the buffer; a new one if it has been dropped."""
         if not isinstance(self._rows, EmaRows):
             self._rows = self._new_ema_rows()
         return self._rows
 
-    def _reset_task(self, task: str) -> None:
-        if task not in self.task_names:
-            raise ValueError(f"task must be one of {self.task_names}, got {task!r}")
-        if self._window is not None:
-            raise RuntimeError("one task cannot be reset in the middle of an accumulation window; flush() it first")
-        if isinstance(self._rows, EmaRows):
-            self._rows.clear(self.task_names.index(task))
+    def _ema_is_over(self) -> bool:
+        return self._window is None and isinstance(self._rows, EmaRows) and self._schedule.is_over(self._step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a run needs to continue bit for bit, by parameter name and in logical order.
+    def _next_is_plain(self) -> bool:
+        """Return whether the next step is one ordinary backward pass."""
+        return self._rows is None or (self._is_plain_sum and self._ema_is_over())
 
-        ``{"ema": {name: (T, *shape)}, "step": int64, "reached": [name, ...], "task_names": [name, ...]}``. As in an
-        optimizer's state, ``ema`` holds views of the live buffer. It is empty without a buffer.
-
-        :raises RuntimeError: In the middle of an accumulation window.
-        """
-        if self._window is not None:
-            raise RuntimeError(
-                "the state in the middle of an accumulation window cannot be saved; save after its last backward(), or "
-                "flush() first"
-            )
-        names = (slot.name for slot in self.layout.slots)
-        return {
-            "ema": self.ema,
-            "step": self.step,
-            "reached": [name for name, reached in zip(names, self._reached, strict=True) if reached],
-            "task_names": list(self.task_names),
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a ``state_dict``, from whatever device, dtype and memory format.
-
-        :raises ValueError: If it is of other tasks or parameters; the message names what differs, and nothing has
-            changed.
-        """
-        check_keys(state_dict, self.task_names)
-        loaded, step = state_dict["ema"], torch.as_tensor(state_dict["step"])
-        has_ema = self.beta > 0 and not (not loaded and self._schedule.has_ended(int(step)))
-        check_shapes(loaded, self.num_tasks, self.layout.slots if has_ema else [])
-        if has_ema:
-            rows = self._ema_rows()
-            for name, view in self.ema.items():
-                view.copy_(loaded[name])
-            rows.measure()
-        else:
+    def _drop_ema_in_time(self) -> None:
+        """Free the EMA if the step that begins is the first without one."""
+        if self._ema_is_over():
             self._rows = self._rows_without_ema()
-        self._step.copy_(step)
-        self._schedule.restart(int(step))
-        reached = set(state_dict["reached"])
-        self._reached = [slot.name in reached for slot in self.layout.slots]
-        self._failure = self._window = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DBMTL:
-        if not all(id(p) in memo for p in self._params):
-            raise RuntimeError(
-                "a DBMTL balancer cannot be deep-copied without its model: the copy would balance parameters of no "
-                "model; copy both at once, copy.deepcopy((model, balancer)), or build a new one and load_state_dict()"
-            )
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
-        return copied
-
-    def _checked_state_dtype(self, state_dtype: torch.dtype | None) -> torch.dtype:
-        if state_dtype is None:
-            return self.layout.state_dtype
-        if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"state_dtype must be None or one of {STATE_DTYPES}, got {state_dtype}")
-        return state_dtype
-
-    def _checked_bucket_bytes(self, bucket_bytes: int | str | None) -> int | None:
-        if bucket_bytes == "auto":
-            return CPU_BUCKET_BYTES if self.layout.device.type == "cpu" else None
-        if bucket_bytes is not None and (not isinstance(bucket_bytes, int) or bucket_bytes <= 0):
-            raise ValueError(f'bucket_bytes must be "auto", None or a positive integer, got {bucket_bytes!r}')
-        return bucket_bytes
-
-    def _check_usable(self) -> None:
-        """Raise if a step now would be wrong, before anything has changed."""
-        if self._failure:
-            raise RuntimeError(
-                f"the balancer's state is incomplete: {self._failure}; call reset() or load_state_dict() before the "
-                "next step"
-            )
-        self._guard.check()
+        self._schedule.count(self._step)
 
     def _new_step(self, window: Window, active: Tensor | None) -> Step:
         beta = self.beta if isinstance(self._rows, EmaRows) else 0.0
-        dtype, preference = compute_dtype(self._state_dtype), self.preference
-        return Step(window.taken, self._step, beta, self.beta_sigma, dtype, preference=preference, active=active)
+        return Step(
+            window.taken, self._step, beta, self.beta_sigma, self._dtype, preference=self._preference, active=active
+        )
 
-    def _seeds(
-        self, step: Step, tasks: Sequence[int], losses: TaskLosses, scale: Tensor, micro_batches: int
-    ) -> list[Tensor]:
-        """What each task's backward pass starts from."""
-        options: dict[str, Any] = {"active": losses.active, "log_eps": self.log_eps}
-        seeds = step.take(self._ops.begin_step, tasks, losses.values, scale, micro_batches=micro_batches, **options)
-        return losses.of_roots(seeds)
+    def _seeds(self, step: Step, call: _Call, scale: Tensor, micro_batches: int) -> list[Tensor]:
+        """Return the ``grad_outputs`` of each task's backward pass."""
+        losses, begin_step = call.losses, self._ops.begin_step
+        options: dict[str, Any] = {"active": losses.active, "log_eps": self.log_eps, "micro_batches": micro_batches}
+        return losses.of_roots(step.take(begin_step, call.tasks, losses.values, scale, **options))
 
     def _shared_graphs(self, losses: TaskLosses) -> list[bool]:
-        """Which tasks' graphs must outlive their backward pass.
+        """Return which tasks' graphs must outlive their backward pass.
 
         Where all tasks but the last shared theirs once, the walk over the graph is not repeated: keeping a graph
         needlessly costs memory until the losses die, no more.
@@ -547,101 +729,249 @@ class DBMTL:
             return shared
         return [True] * (self.num_tasks - 1) + [False]
 
-    def _capture(self) -> Capture:
-        if self._bucket_bytes is None:
-            return GradCapture(self.layout, self._params, self._sink)
-        return BucketCapture(self.layout, self._params, self._sink, self._bucket_bytes)
-
-    def _sink(self, slots: Sequence[int], grads: Sequence[Tensor | None], accumulate: bool) -> None:
-        assert self._rows is not None
-        with self._no_autocast():  # hooks run inside the backward pass, under whatever the user has on
-            self._rows.update(self._task, slots, grads, accumulate)
-
     def _no_autocast(self) -> AbstractContextManager:
         device_type = self.layout.device.type
         if torch.is_autocast_enabled(device_type):
             return torch.autocast(device_type, enabled=False)
         return nullcontext()  # entered for every bucket: switching off what is off would cost more than the check
 
-    def _note_reached(self, task: int, reached: set[int]) -> None:
-        if not reached:
-            raise RuntimeError(
-                f"the loss of task {self.task_names[task]!r} reaches no shared parameter; if it should, the balancer "
-                "is stale (was it built before parameters were replaced, by fully_shard, weight_norm or to_empty?)"
-            )
-        for i in reached:
-            self._reached[i] = True
+    # --- A step without balancing: equal weighting, of losses or of their logs, in one ordinary backward pass
 
-    def _views(self, flats: Sequence[Tensor]) -> list[Tensor | None]:
-        groups = {group.dtype: (flat, group.start) for flat, group in zip(flats, self.layout.groups, strict=True)}
-        assigned = [reached and p.requires_grad for reached, p in zip(self._reached, self._params, strict=True)]
-        return [
-            slot.view(*groups[slot.dtype]) if wanted else None
-            for slot, wanted in zip(self.layout.slots, assigned, strict=True)
-        ]
+    def _run_plain(self, call: _Call, scale: Tensor, retain_graph: bool, overwrite: bool) -> None:
+        self._drop_ema_in_time()
+        window = self._window or Window(self.task_names, call.accumulation_steps)
+        window.check(call.tasks, call.accumulation_steps)
+        seeds = self._seeds(self._new_step(window, None), call, scale, window.size)
+        kept = [p.grad for p in self._params] if overwrite and not any(window.taken) else None
+        try:
+            if kept is not None:
+                assign_grads(self._params, [None] * len(kept))
+            backward_pass(call.losses.roots, seeds, retain_graph=retain_graph)
+        except BaseException:
+            if kept is not None:
+                assign_grads(self._params, kept)
+            raise
+        self._count_plain(window, call)
 
-    @torch.no_grad()
-    def _accumulate(self, grads: Sequence[Tensor | None], overwrite: bool) -> None:
-        """What autograd does at leaves: take the gradient where there is none, else add."""
-        existing, added = [], []
-        for p, grad in zip(self._params, grads, strict=True):
-            if grad is None:
-                continue
-            if p.grad is None or overwrite:
-                p.grad = grad
-            else:
-                existing.append(p.grad)
-                added.append(grad)
-        if existing:
-            torch._foreach_add_(existing, added)
-
-    def _plain_backward(
-        self,
-        tasks: Sequence[int],
-        losses: TaskLosses,
-        scale: Tensor,
-        active: Tensor | None,
-        overwrite: bool,
-        retain_graph: bool,
-        accumulation_steps: int | None,
-    ) -> None:
-        """Equal weighting, of losses or of their logs: one ordinary backward pass over the sum."""
-        window = self._open_window(tasks, accumulation_steps)
-        if overwrite and not any(window.taken):
-            for p in self._params:
-                p.grad = None
-        seeds = self._seeds(self._new_step(window, None), tasks, losses, scale, window.size)
-        backward_pass(losses.roots, seeds, retain_graph=retain_graph)
-        self._count_plain(tasks, active)
-
-    def _plain_loss(
-        self, tasks: Sequence[int], losses: TaskLosses, active: Tensor | None, accumulation_steps: int | None
-    ) -> Tensor:
-        """The same as a loss."""
+    def _plain_loss(self, call: _Call) -> Tensor:
+        """Return equal weighting as a differentiable loss, for ``balancer(losses)``."""
 
         def on_backward(grad: Tensor) -> Tensor:
-            window = self._open_window(tasks, accumulation_steps)
-            self._count_plain(tasks, active)
+            self._check_usable()
+            self._drop_ema_in_time()
+            window = self._window or Window(self.task_names, call.accumulation_steps)
+            window.check(call.tasks, call.accumulation_steps)
+            self._count_plain(window, call)
             return grad / window.size
 
-        value = losses.differentiable_value()
+        value = call.losses.differentiable_value()
         value.register_hook(on_backward)
         return value
 
-    def _count_plain(self, tasks: Sequence[int], active: Tensor | None) -> None:
-        assert self._window is not None
-        for task in tasks:
-            self._window.taken[task] += 1
-        if self._window.is_complete():
-            self._end_plain_step(active)
+    def _count_plain(self, window: Window, call: _Call) -> None:
+        window.taken[:] = [taken + (task in call.tasks) for task, taken in enumerate(window.taken)]
+        if window.is_complete():
+            self._end_plain_step(window, call.active)
+        else:
+            self._window = window
 
-    def _end_plain_step(self, active: Tensor | None = None) -> None:
-        assert self._window is not None
+    def _end_plain_step(self, window: Window, active: Tensor | None) -> None:
         self._forget_results()
         self.weights = torch.ones_like(self.weights)
         if active is not None:
             self.weights *= active
-        for task in self._window.absent():
+        for task in window.absent():
             self.weights[task].zero_()
         self._window = None
         self._step += 1
+        self._end_call()
+
+    # --- Persistence
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a run needs to continue bit for bit, by parameter name and in logical order.
+
+        ``{"ema": {name: (T, *shape)}, "step": int64, "reached": [name, ...], "task_names": [name, ...], "preference":
+        (T,) or None}``. As in an optimizer's state, ``ema`` holds views of the live buffer. It is empty without a
+        buffer.
+
+        :raises RuntimeError: In the middle of an accumulation window, or if a step has failed.
+        """
+        if self._window is not None:
+            raise RuntimeError(
+                "the state in the middle of an accumulation window cannot be saved; save after its last backward(), or "
+                "flush() first"
+            )
+        self._warn_of_negative_losses()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        names = (slot.name for slot in self.layout.slots)
+        return {
+            "ema": self.ema,
+            "step": self.step,
+            "reached": [name for name, reached in zip(names, self._reached, strict=True) if reached],
+            "task_names": list(self.task_names),
+            "preference": None if self._preference is None else self._preference.clone(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> checkpoint.IncompatibleKeys:
+        """Take over a ``state_dict``, from any device, dtype and memory format.
+
+        :param strict: Whether tasks and parameters must be the same. If not, those that the state does not have start
+            at zero: after unfreezing a layer, or adding a task.
+        :returns: ``missing_keys`` and ``unexpected_keys``, the names of tasks and parameters that differ.
+        :raises TypeError, ValueError: If an entry has a wrong kind or value or, if ``strict``, is of other tasks or
+            parameters. The message names all that differ, and nothing has changed.
+        """
+        loaded = checkpoint.validate(state_dict, self.task_names, self.layout.slots, self._state_dtype, strict)
+        has_ema = self.beta > 0 and bool(loaded.ema or not self._schedule.has_ended(loaded.step))
+        if strict and has_ema != bool(loaded.ema):
+            names = [slot.name for slot in self.layout.slots] if has_ema else list(loaded.ema)
+            raise ValueError(
+                "state_dict does not fit the shared parameters: "
+                + "; ".join(f"{'missing' if has_ema else 'unexpected'} {name!r}" for name in names)
+            )
+        self._failure = "load_state_dict() did not finish"
+        self._collector.end()
+        self._is_running = False
+        if has_ema:
+            rows, sources = self._ema_rows(), dict(loaded.tasks)
+            for name, view in self.ema.items():
+                for task in range(self.num_tasks):
+                    if name in loaded.ema and task in sources:
+                        view[task].copy_(loaded.ema[name][sources[task]])
+                    else:
+                        view[task].zero_()
+            rows.measure()
+        else:
+            self._rows = self._rows_without_ema()
+        self._step.fill_(loaded.step)
+        self._schedule.restart(loaded.step)
+        self._reached = [slot.name in loaded.reached for slot in self.layout.slots]
+        self._window = None
+        if loaded.has_preference:
+            self._preference = None if loaded.preference is None else self._tensor(loaded.preference)
+        self._hold_anew()
+        self._failure = None
+        return loaded.differences
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, self._parts(), self.__getstate__()
+
+    def _parts(self) -> tuple[Any, ...]:
+        """Return the arguments of ``_rebuilt``."""
+        named = [(slot.name, p) for slot, p in zip(self.layout.slots, self._params, strict=True)]
+        return type(self), named, self._guard.left_out, dict(self._options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "state": self._state(),
+            "results": (self.norms, self.weights, self.alpha_value, self.grad_norm),
+            "failure": self._failure,
+            "module": self._guard.module,
+            "window": None if self._window is None else (self._rows, self._window, self._step),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.load_state_dict(state["state"])
+        self.norms, self.weights, self.alpha_value, self._last = state["results"]
+        self._failure = state["failure"]
+        self._guard.watch(state["module"])
+        if state["window"] is not None:
+            self._rows, self._window, self._step = state["window"]
+            self._schedule.count(self._step)  # the step that has begun
+            if self._rows is not None:
+                self._rows.complete(self._ops)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DBMTL:
+        is_alone = sys._getframe(2).f_code.co_filename != copy.__file__  # called by the user's copy.deepcopy itself
+        if is_alone and not all(id(p) in memo for p in self._params):
+            raise RuntimeError(
+                "a DBMTL balancer cannot be deep-copied without its model: the copy would balance parameters of no "
+                "model; copy both at once, copy.deepcopy((model, balancer)), or build a new one and load_state_dict()"
+            )
+        copied = memo[id(self)] = _rebuilt(*copy.deepcopy(self._parts(), memo))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def _warn_of_negative_losses(self) -> None:
+        """Name losses below zero of the last step where a GPU's host has not seen them: they were not counted."""
+        losses, self._last_losses = self._last_losses, None
+        if losses is None or losses.log_eps is None or losses.values.device.type == "cpu":
+            return
+        for name, value in zip(losses.task_names, losses.values.tolist(), strict=True):
+            if value < -NEGATIVE_LOSS_TOLERANCE:
+                warnings.warn(
+                    f"loss of task {name!r} must be >= 0 to take its log, got {value} in the last step, which was not "
+                    "counted; shift it, or use log_losses=False",
+                    stacklevel=3,
+                )
+
+    def _checked_state_dtype(self, state_dtype: torch.dtype | None) -> torch.dtype:
+        if state_dtype is None:
+            return self.layout.state_dtype
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype must be None or one of {STATE_DTYPES}, got {state_dtype}")
+        return state_dtype
+
+    def _checked_bucket_bytes(self, bucket_bytes: int | str | None) -> int | None:
+        if isinstance(bucket_bytes, str) and bucket_bytes == "auto":
+            return CPU_BUCKET_BYTES if self.layout.device.type == "cpu" else None
+        number = positive_integer(bucket_bytes)
+        if bucket_bytes is not None and number is None:
+            raise ValueError(f'bucket_bytes must be "auto", None or a positive integer, got {bucket_bytes!r}')
+        return number
+
+
+class _PendingStep:
+    """A step whose losses are known and checked, and whose backward passes are to run."""
+
+    def __init__(self, balancer: DBMTL, call: _Call) -> None:
+        self._balancer, self._call = balancer, call
+        self.value, self.params = call.losses.value(), balancer._params
+
+    def run(self, scale: Tensor, *, retain_graph: bool) -> None:
+        """Run the step and accumulate into every ``.grad``."""
+        self._balancer._check_usable()
+        self._balancer._rows_now()
+        self._balancer._write(self._balancer._balanced_grads(self._call, scale, retain_graph=retain_graph), False)
+
+    def grads(self, scale: Tensor, *, retain_graph: bool, with_heads: bool) -> list[Tensor | None]:
+        """Run the step and return the gradients of the shared parameters; heads get theirs only if ``with_heads``."""
+        balancer = self._balancer
+        balancer._check_usable(overwrite=True)
+        inputs = None if with_heads else [p for p in self.params if p.requires_grad]
+        grads = balancer._balanced_grads(self._call, scale, retain_graph=retain_graph, inputs=inputs)
+        balancer._end_call()
+        return grads
+
+
+class _Held:
+    """The EMA and the number of steps at the beginning of :meth:`DBMTL.hold`."""
+
+    def __init__(self, rows: EmaRows | SumRows | None, step: Tensor, schedule: BetaSchedule) -> None:
+        self._step, self._at_most = step.clone(), schedule.at_most
+        self._ema = (rows.buffer.clone(), rows.sq_norms.clone()) if isinstance(rows, EmaRows) else None
+
+    def restore(self, rows: EmaRows | SumRows | None, step: Tensor, schedule: BetaSchedule) -> None:
+        """Undo a step."""
+        step.copy_(self._step)
+        schedule.restart(self._at_most)
+        if isinstance(rows, EmaRows) and self._ema is not None:
+            rows.buffer.copy_(self._ema[0])
+            rows.sq_norms.copy_(self._ema[1])
+
+
+def _rebuilt(
+    cls: type[DBMTL], named: list[tuple[str, Tensor]], left_out: list[tuple[str, Tensor]], options: dict[str, Any]
+) -> DBMTL:
+    """Return a balancer with an empty state, as pickle and deepcopy build them."""
+    balancer = object.__new__(cls)
+    balancer._build(named, left_out, options)
+    return balancer
+
+
+def _check_log_eps(log_eps: float) -> None:
+    check_in_range("log_eps", log_eps, torch.float32, low=torch.finfo(torch.float32).tiny, cure="")

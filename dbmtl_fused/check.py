@@ -18,7 +18,7 @@ from torch import Tensor
 from dbmtl_fused import backends, info
 from dbmtl_fused._ops import GRAD_DTYPES, STATE_DTYPES, compute_dtype
 from dbmtl_fused.functional import balance_
-from dbmtl_fused.layout import FlatLayout
+from dbmtl_fused.layout import FlatLayout, large_first
 from dbmtl_fused.rows import EmaRows, Step
 
 STEPS = 3
@@ -110,7 +110,7 @@ def _streaming(
     """Gradients arrive parameter by parameter, the last one in two parts, and one never does."""
     T = 3
     params = [(str(i), torch.zeros(shape, dtype=grad_dtype, device=device)) for i, shape in enumerate(PARAMETERS)]
-    layout = FlatLayout(params)
+    layout = FlatLayout(large_first(params))
     ops = backends.operators(backend)
     rows = EmaRows(T, layout, ops, ("max", 0.0), EPS, state_dtype)
     expected, errors = None, []
@@ -133,7 +133,9 @@ def _streaming(
                 rows.update(task, [last], [grad], accumulate=part > 0)
                 layout.slots[last].view(flat_grads[task]).add_(grad)
             rows.end_task(task)
-        (out,) = rows.finish()
+        out = torch.zeros(layout.P, dtype=grad_dtype, device=device)
+        for slot, grad in zip(layout.slots, rows.finish(range(len(layout.slots))), strict=True):
+            slot.view(out).copy_(grad)
         diagnostics = step.grad_norm(), rows.gram()
         expected, error = _compare(expected, flat_grads, rows.buffer, step.norms, step.weights, out, *diagnostics)
         errors.append(error)

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dbmtl_fused.losses import TaskLosses
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def runs_eagerly(function: _Function) -> _Function:
+    """Decorate a function that ``torch.compile`` must not trace, nor any that it calls, as ``torch.compiler.disable``
+    does, without its import of the whole compiler."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        compiler = eval_frame.set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            eval_frame.set_eval_frame(compiler)
+
+    wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]
+    # The wrapper itself is not worth a trace, nor the warnings that come with it.
+    skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+    eval_frame.set_code_exec_strategy(wrapper.__code__, eval_frame._FrameExecStrategy(skip, default))
+    return functools.update_wrapper(wrapper, function)  # type: ignore[return-value]
+
+
+def _no_compiled_autograd() -> AbstractContextManager:
+    """Return a context without compiled autograd, whose traces cannot hold hooks that take gradients away."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return nullcontext() if module is None else module._disable()
+
+
+def _in_compiled_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and module.in_compiled_autograd_region
 
 
 def backward_pass(
@@ -21,7 +54,8 @@ def backward_pass(
 ) -> None:
     """``torch.autograd.backward``, with a cure in the message where a compiled graph refuses a second pass."""
     try:
-        torch.autograd.backward(roots, seeds, retain_graph=retain_graph, inputs=inputs)
+        with _no_compiled_autograd():
+            torch.autograd.backward(roots, seeds, retain_graph=retain_graph, inputs=inputs)
     except RuntimeError as error:
         if "donated" not in str(error):
             raise
@@ -31,48 +65,55 @@ def backward_pass(
         ) from error
 
 
-class BalancedGrads(Protocol):
-    """Runs a step and returns the gradients of all shared parameters; see ``DBMTL.balanced_grads``."""
+class Pending(Protocol):
+    """A step whose losses are known and whose backward passes are to run."""
 
-    def __call__(
-        self, losses: TaskLosses, scale: Tensor, *, retain_graph: bool, inputs: Sequence[Tensor] | None
-    ) -> list[Tensor | None]: ...
+    value: Tensor
+    params: list[Tensor]
+
+    def run(self, scale: Tensor, *, retain_graph: bool) -> None:
+        """Run the step and accumulate into every ``.grad``."""
+
+    def grads(self, scale: Tensor, *, retain_graph: bool, with_heads: bool) -> list[Tensor | None]:
+        """Run the step and return the gradients of the shared parameters; heads get theirs only if ``with_heads``."""
 
 
-def balanced_loss(balanced_grads: BalancedGrads, losses: TaskLosses, params: Sequence[Tensor]) -> Tensor:
-    """A 0-d tensor with the objective's value, whose backward pass is ``balanced_grads`` of ``losses``."""
-    probe = torch.zeros((), requires_grad=True)
-    return _BalancedLoss.apply(balanced_grads, losses, probe, *params)
+def balanced_loss(pending: Pending) -> Tensor:
+    """Return a 0-d tensor with the objective's value, whose backward pass is the step."""
+    probe = torch.zeros((), device="cpu", requires_grad=True)
+    return _BalancedLoss.apply(pending, probe, *pending.params)
 
 
 class _BalancedLoss(torch.autograd.Function):
-    """The shared parameters are inputs and their gradients are returned, so that whatever else autograd does with
-    gradients (sum them with those of a regulariser, hand them to ``autograd.grad``) works. Heads are not inputs: the
-    tasks' own backward passes accumulate theirs.
+    """The shared parameters are inputs, so that ``autograd.grad`` and ``backward(inputs=...)`` get their gradients, and
+    sums with other losses work. Heads are not inputs: the tasks' own backward passes accumulate theirs.
+
+    A plain ``backward()`` writes the shared gradients as ``balancer.backward(losses)`` does, and returns none.
     """
 
     @staticmethod
-    def forward(ctx: Any, balanced_grads: BalancedGrads, losses: TaskLosses, probe: Tensor, *params: Tensor) -> Tensor:
-        ctx.balanced_grads, ctx.losses, ctx.params = balanced_grads, losses, params
+    def forward(ctx: Any, pending: Pending, probe: Tensor, *params: Tensor) -> Tensor:
+        ctx.pending = pending
         ctx.probe_node = get_gradient_edge(probe).node
-        return losses.value()
+        return pending.value
 
     @staticmethod
+    @runs_eagerly
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the balanced loss cannot be differentiated twice: create_graph=True is not supported")
-        if ctx.losses is None:
+        if ctx.pending is None:
             raise RuntimeError(
                 "the balanced loss supports one backward pass, and this is a second one; call balancer(losses) again"
             )
-        losses, ctx.losses = ctx.losses, None
+        pending, keep_graph = ctx.pending, torch._C._autograd._get_current_graph_task_keep_graph()
         # The probe is a leaf nobody asks for by name: only a plain backward() reaches it, and only that may touch
         # heads.
-        plain = torch._C._will_engine_execute_node(ctx.probe_node)
-        grads = ctx.balanced_grads(
-            losses,
-            scale,
-            retain_graph=torch._C._autograd._get_current_graph_task_keep_graph(),
-            inputs=None if plain else [p for p in ctx.params if p.requires_grad],
-        )
-        return None, None, None, *grads
+        is_plain = torch._C._will_engine_execute_node(ctx.probe_node)
+        if is_plain and not _in_compiled_autograd():  # which writes every .grad itself
+            pending.run(scale, retain_graph=keep_graph)
+            grads: list[Tensor | None] = [None] * len(pending.params)
+        else:
+            grads = pending.grads(scale, retain_graph=keep_graph, with_heads=is_plain)
+        ctx.pending = None
+        return None, None, *grads

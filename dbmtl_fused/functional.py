@@ -168,7 +168,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _advice(cure: str, dtype: torch.dtype) -> str:
-    return "" if dtype is torch.float64 else f"; use {cure} for more"
+    return "" if not cure or dtype is torch.float64 else f"; use {cure} for more"
 
 
 def _beta_tensor(beta: float | Tensor, ema: Tensor) -> Tensor:

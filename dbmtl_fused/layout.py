@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -33,13 +32,19 @@ class Slot(NamedTuple):
             columns.storage_offset() + self.start - first_column,
         )
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a copy of the gradient costs no more than an operator's call."""
+        return self.numel <= CHUNK
 
-class Group(NamedTuple):
+
+class Block(NamedTuple):
     """Adjacent columns whose ``.grad`` has one dtype."""
 
     dtype: torch.dtype
     start: int
     stop: int
+    slots: list[Slot]
 
 
 class FlatLayout:
@@ -53,7 +58,7 @@ class FlatLayout:
     :raises TypeError: If a parameter is not a strided real floating-point leaf tensor.
     :raises ValueError: If there are none, two share a name, or they are on several devices.
 
-    Attributes: ``slots`` in column order, ``groups``, ``P`` (columns, padding included), ``numel`` (without padding),
+    Attributes: ``slots`` in column order, ``P`` (columns, padding included), ``numel`` (without padding),
     ``num_chunks``, ``device``, ``state_dtype`` (float32, or float64 if any parameter is), ``segments`` and
     ``chunks`` (see ``ema_update_``).
     """
@@ -76,12 +81,18 @@ class FlatLayout:
         self.state_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.segments = torch.tensor(segments, dtype=torch.int64, device="cpu")
         self.chunks = chunk_table(segments).to(self.device)
-        self.groups = self._groups()
 
-    def _groups(self) -> list[Group]:
-        firsts = [next(slots) for _, slots in itertools.groupby(self.slots, key=lambda slot: slot.dtype)]
-        stops = [slot.start for slot in firsts[1:]] + [self.P]
-        return [Group(slot.dtype, slot.start, stop) for slot, stop in zip(firsts, stops, strict=True)]
+    def blocks(self, slots: Sequence[int]) -> list[Block]:
+        """Return the columns of ``slots``, in order, as blocks that get memory of their own.
+
+        On a CPU that is each large slot, and all small ones of a dtype, which must be side by side
+        (:func:`large_first`); elsewhere all of a dtype.
+        """
+        kinds: dict[object, list[Slot]] = {}
+        for slot in (self.slots[i] for i in slots):
+            is_apart = self.device.type == "cpu" and not slot.is_small
+            kinds.setdefault((slot.dtype, slot.start if is_apart else None), []).append(slot)
+        return [Block(kind[0].dtype, kind[0].start, kind[-1].start + kind[-1].numel, kind) for kind in kinds.values()]
 
     def as_columns(self, index: int, grad: Tensor) -> Tensor:
         """``grad`` of slot ``index``, in the slot's memory order: itself, or a copy if autograd chose another order.
@@ -92,11 +103,17 @@ class FlatLayout:
         if grad.layout is not torch.strided or grad.is_complex():
             kind = "complex" if grad.is_complex() else str(grad.layout).removeprefix("torch.")
             raise TypeError(f"gradient of {slot.name!r} must be dense and real, got a {kind} one")
+        grad = grad.resolve_neg()
         strides = grad.stride()
         if strides == slot.strides or _same_order(strides, slot):
             return grad
         ordered = torch.empty_strided(slot.shape, slot.strides, dtype=grad.dtype, device=grad.device)
         return ordered.copy_(grad)
+
+
+def large_first(named_params: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Return the parameters in an order in which small ones are side by side in the layout."""
+    return sorted(named_params, key=lambda named: named[1].numel() <= CHUNK)
 
 
 def chunk_table(segments: Iterable[Sequence[int]]) -> Tensor:
@@ -133,6 +150,11 @@ def is_dense(param: Tensor) -> bool:
     return True
 
 
+def clean_name(name: str) -> str:
+    """Return the name of a parameter without the prefix of a module that ``torch.compile`` has wrapped."""
+    return name.replace("_orig_mod.", "")
+
+
 def named_shared_parameters(shared: torch.nn.Module | Iterable) -> list[tuple[str, Tensor]]:
     """``(name, parameter)`` of every shared parameter, tied ones once.
 
@@ -151,7 +173,7 @@ def named_shared_parameters(shared: torch.nn.Module | Iterable) -> list[tuple[st
             raise TypeError(f"shared parameter {i} must be a tensor or a (name, tensor) pair, got a {kinds}")
     unique: dict[int, tuple[str, Tensor]] = {}
     for name, p in pairs:
-        unique.setdefault(id(p), (name, p))
+        unique.setdefault(id(p), (clean_name(name), p))
     return list(unique.values())
 
 
@@ -176,6 +198,11 @@ def check_params(named_params: Sequence[tuple[str, Tensor]]) -> None:
         if type(p).__name__ == "DTensor" or hasattr(p, "device_mesh"):
             raise TypeError(
                 f"shared parameter {name!r} is a DTensor (FSDP2, tensor parallel), which is not supported yet"
+            )
+        if p.is_inference():
+            raise TypeError(
+                f"shared parameter {name!r} is an inference tensor, which cannot be trained; create it outside "
+                "torch.inference_mode()"
             )
         if p.layout is not torch.strided:
             raise TypeError(f"shared parameter {name!r} must be dense, got layout {p.layout}")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+
+from dbmtl_fused._ops import NEGATIVE_LOSS_TOLERANCE
+
+_ASSEMBLING = ("torch::autograd::CopySlices", "CatBackward0", "StackBackward0")
+"""Nodes that put losses of different heads into one tensor."""
 
 
 class TaskLosses:
@@ -49,8 +54,8 @@ class TaskLosses:
             self._from_tensor(losses)
         else:
             self._from_tensors(losses)
-        dtype = torch.float64 if any(l.dtype == torch.float64 for l in self._tensors) else torch.float32
-        detached = [l.detach().reshape(-1).to(device, dtype) for l in self._tensors]
+        self.dtype = torch.float64 if any(l.dtype == torch.float64 for l in self._tensors) else torch.float32
+        detached = [l.detach().reshape(-1).to(device, self.dtype) for l in self._tensors]
         self.values = self._counting(torch.cat(detached), 1)
         if log_eps is not None and device.type == "cpu":
             self._check_not_negative()
@@ -65,6 +70,19 @@ class TaskLosses:
             self._check_requires_grad(name, loss.requires_grad)
         self._tensors = losses
         self.roots = list(losses)
+        if self._need_graph and len(losses) > 1:
+            self._replace_views()
+
+    def _replace_views(self) -> None:
+        """Peel losses that are views of one tensor, where that is a stack of them; else warn."""
+        parents = [_viewed(loss) for loss in self._tensors]
+        if len({parent for parent, _ in parents if parent}) != 1 or not all(parent for parent, _ in parents):
+            return
+        edges = [_stacked_edge(parent, index) for parent, index in parents]
+        if all(edges) and all(loss.dim() == 0 for loss in self._tensors):
+            self.roots = [GradientEdge(*edge) for edge in edges if edge]
+        elif parents[0][0] is not None and parents[0][0].name() in _ASSEMBLING:
+            _warn_of_one_tensor("that are views of one tensor, into which they were written")
 
     def _from_tensor(self, losses: Tensor) -> None:
         T = len(self.task_names)
@@ -77,17 +95,16 @@ class TaskLosses:
         if not self._need_graph:
             return
         # Backward through ``stack`` would run every head for every task, and hand one task's inf to all as 0 * inf.
-        edges = losses.grad_fn.next_functions if losses.grad_fn and losses.grad_fn.name() == "StackBackward0" else ()
+        # Hooks of the stacked losses, and their ``.grad``, need that pass.
+        is_stack = losses.grad_fn is not None and losses.grad_fn.name() == "StackBackward0"
+        has_hooks = bool(losses._backward_hooks) or losses.retains_grad
+        edges = losses.grad_fn.next_functions if is_stack and losses.grad_fn and not has_hooks else ()
         if len(edges) == T:
             for name, (node, index) in zip(self.task_names, edges, strict=True):
                 self._check_requires_grad(name, node is not None)
                 self.roots.append(GradientEdge(cast(Node, node), index))
             return
-        warnings.warn(
-            "losses given as one tensor that is not a plain torch.stack of the task losses: every task's backward runs "
-            "all heads, and a non-finite loss spoils the gradients of all tasks; pass a sequence or a dict of losses",
-            stacklevel=4,
-        )
+        _warn_of_one_tensor("given as one tensor that is not a plain torch.stack of the task losses")
         self._stacked = losses
         self.roots = [losses] * T
 
@@ -99,7 +116,7 @@ class TaskLosses:
 
     def _check_not_negative(self) -> None:
         for name, value in zip(self.task_names, self.values.tolist(), strict=True):
-            if value < 0:
+            if value < -NEGATIVE_LOSS_TOLERANCE:
                 raise ValueError(
                     f"loss of task {name!r} must be >= 0 to take its log, got {value}; "
                     "shift it, or use log_losses=False"
@@ -119,7 +136,11 @@ class TaskLosses:
         return self._objective(self._counting(losses, 1))  # 1: nothing that its derivative could make a NaN of
 
     def _objective(self, losses: Tensor) -> Tensor:
-        return self._counting(losses if self.log_eps is None else (losses + self.log_eps).log(), 0).sum()
+        if self.log_eps is not None:
+            # A loss just below zero counts as zero, and has the derivative of a loss of zero.
+            below = (losses < 0) & (losses >= -NEGATIVE_LOSS_TOLERANCE)
+            losses = (losses - losses.detach().where(below, 0) + self.log_eps).log()
+        return self._counting(losses, 0).sum()
 
     def of_roots(self, seeds: Tensor) -> list[Tensor]:
         """``seeds`` of shape ``(T,)``, one for each loss, as what each root's backward pass starts from."""
@@ -129,6 +150,19 @@ class TaskLosses:
             seed.reshape(root.shape).to(root) if isinstance(root, Tensor) else seed  # the engine casts an edge's seed
             for seed, root in zip(seeds, self.roots, strict=True)
         ]
+
+    def unreachable(self, nodes: Container[Node], params: Container[int]) -> str | None:
+        """Return the name of a task whose graph cannot reach a shared parameter, or None.
+
+        :param nodes: The AccumulateGrad nodes of the shared parameters.
+        :param params: The ids of the shared parameters, for nodes that they no longer have.
+        """
+        for name, root in zip(
+            self.task_names, self.roots[:1] if self._stacked is not None else self.roots, strict=False
+        ):
+            if not _reaches(_node(root), nodes, params):
+                return name
+        return None
 
     def shared_with_later(self) -> list[bool]:
         """Whether a task's graph has a node in common with a later task's: its buffers must outlive its backward."""
@@ -143,10 +177,63 @@ class TaskLosses:
                     shared[task] = True
                 elif node not in own:
                     own.add(node)
-                    # Leaves (no next functions) hold no buffers: sharing a parameter is not sharing a graph.
-                    pending.extend(after for after, _ in node.next_functions if after and after.next_functions)
+                    pending.extend(after for after, _ in node.next_functions if after and not _holds_no_buffers(after))
             seen |= own
         return shared
+
+
+def _holds_no_buffers(node: Node) -> bool:
+    """Return whether a graph may share the node and all after it without sharing buffers: a leaf, or a leaf that was
+    cast, as autocast does once for all graphs."""
+    after = node.next_functions
+    if node.name() == "ToCopyBackward0":
+        return all(leaf is None or not leaf.next_functions for leaf, _ in after)
+    return not after
+
+
+def _reaches(root: Node, nodes: Container[Node], params: Container[int]) -> bool:
+    """Return whether a graph may reach a shared parameter: it does, or it has a Python function, whose backward pass
+    may run another one (reentrant checkpoints)."""
+    seen, pending = {root}, [root]
+    while pending:
+        node = pending.pop()
+        if node in nodes or isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        after = [following for following, _ in node.next_functions if following and following not in seen]
+        if not after and id(getattr(node, "variable", None)) in params:
+            return True
+        seen.update(after)
+        pending.extend(after)
+    return False
+
+
+def _viewed(loss: Tensor) -> tuple[Node | None, int]:
+    """Return the node that made the tensor of which a loss is an element, and its index; (None, 0) if it is none."""
+    node = loss.grad_fn
+    if node is None or loss._backward_hooks or loss.retains_grad:
+        return None, 0
+    if node.name() == "UnbindBackward0":
+        return node.next_functions[0][0], loss.output_nr
+    if node.name() == "SelectBackward0":
+        index, size = node._saved_index, node._saved_self_sym_sizes[node._saved_dim]  # type: ignore[attr-defined]
+        return node.next_functions[0][0], index % size if index < 2**63 else index - 2**64 + size
+    return None, 0
+
+
+def _stacked_edge(parent: Node | None, index: int) -> tuple[Node, int] | None:
+    """Return the edge of entry ``index`` of a stack of scalars."""
+    if parent is None or parent.name() != "StackBackward0" or index >= len(parent.next_functions):
+        return None
+    node, output = parent.next_functions[index]
+    return None if node is None else (node, output)
+
+
+def _warn_of_one_tensor(what: str) -> None:
+    warnings.warn(
+        f"losses {what}: every task's backward runs all heads, and a non-finite loss spoils the gradients of all "
+        "tasks; pass a sequence or a dict of losses",
+        stacklevel=6,
+    )
 
 
 def _node(root: Tensor | GradientEdge) -> Node:

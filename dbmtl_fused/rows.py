@@ -7,12 +7,14 @@ with one flat gradient per ``.grad`` dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dbmtl_fused._ops import compute_dtype
 from dbmtl_fused.backends import Operators
+from dbmtl_fused.grads import GradMemory
 from dbmtl_fused.layout import FlatLayout
 
 
@@ -48,6 +50,7 @@ class Step:
         T = len(taken)
         self._schedule, self.number, self.taken, self.active = (beta, beta_sigma), number, taken, active
         self.betas: dict[int, Tensor] = {}
+        self._before: tuple[Tensor, dict[int, Tensor]] | None = None  # flag and betas before the last take
         self.norms, self.weights = (torch.empty(T, dtype=dtype, device=number.device) for _ in range(2))
         self.alpha_value, self.inv_scale = (self.norms.new_empty(()) for _ in range(2))
         self.found_inf = torch.empty((), dtype=torch.float32, device=number.device)
@@ -74,6 +77,7 @@ class Step:
         :param begin_step: The operator; ``losses``, ``scale`` and so on are of ``tasks`` alone and as it wants them.
         :param scale: Factor on the gradients that come in and, again, on those that go out.
         """
+        self._before = (self.found_inf.clone(), dict(self.betas)) if self.betas else None
         seeds, betas = torch.empty_like(losses), self.norms.new_empty(len(tasks))
         begin_step(
             losses,
@@ -94,6 +98,11 @@ class Step:
         self.scale = scale.to(self.norms.dtype)
         return seeds
 
+    def undo_take(self) -> None:
+        """Forget the last :meth:`take`, none of whose gradients has come."""
+        if self._before is not None:
+            self.found_inf, self.betas = self._before
+
     def leave_out(self, tasks: Sequence[int]) -> None:
         """``tasks`` have had nothing."""
         if tasks:
@@ -103,44 +112,14 @@ class Step:
             self.preference[task].zero_()  # assigning a number to an element would wait for the device
 
     def rounding_seeds(self) -> tuple[Tensor, ...]:
-        """Of each row: no two alike, over all steps."""
+        """Return one seed per row, unique over rows and steps."""
         T = len(self.taken)
         return (self.number * T + torch.arange(T, device=self.number.device)).unbind()
 
     def grad_norm(self) -> Tensor:
-        """Norm of the balanced gradient, not scaled, 0-d."""
-        return torch.stack(self.out_sq_norms).sum().sqrt() / self.scale
-
-
-class FlatGrads:
-    """Memory for the flat gradients that a step hands out.
-
-    On CPUs that of the last step is used again once nobody else holds it (``zero_grad`` has dropped every view): fresh
-    pages from the system cost about as much as the weighted sum written into them. On GPUs the caching allocator does
-    that.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory, shape ``(numel,)``, that no tensor handed out earlier can see."""
-        kept = self._kept.get((numel, dtype))
-        if kept is not None and _holders(kept) == _SOLE_HOLDER:
-            return kept
-        fresh = torch.empty(numel, dtype=dtype, device=self._device)
-        if self._device.type == "cpu":
-            self._kept[numel, dtype] = fresh
-        return fresh
-
-
-def _holders(tensor: Tensor) -> int:
-    """References to the tensor's storage: by tensors, views of it, and what else shares its memory."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-_SOLE_HOLDER = _holders(torch.empty(1))
+        """Norm of the balanced gradient, not scaled, 0-d; 0 if the scale was."""
+        norm = torch.stack(self.out_sq_norms).sum().sqrt() / self.scale.abs()
+        return norm.where(self.scale != 0, 0)
 
 
 class _Rows:
@@ -154,11 +133,22 @@ class _Rows:
     ) -> None:
         self._layout, self._ops, self._alpha, self._eps = layout, ops, alpha, eps
         self._dtype, self._compute_dtype = state_dtype, compute_dtype(state_dtype)
-        self._flat_grads = FlatGrads(layout.device)
+        self._memory = GradMemory(layout.device)
         self._partials = self._zeros(layout.num_chunks, dtype=self._compute_dtype)
         self._arrivals = self._zeros(dtype=torch.int32)
         self.sq_norms = self._zeros(T, dtype=self._compute_dtype)
         self._row_sq_norms = self.sq_norms.unbind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ops": None, "_memory": GradMemory(self._layout.device)}
+
+    def complete(self, ops: Operators) -> None:
+        """Complete a copy: it has no operators, and its views are not those of its tensors."""
+        self._ops, self._row_sq_norms = ops, self.sq_norms.unbind()
+
+    def set_weighting(self, alpha: tuple[str, float], eps: float) -> None:
+        """Replace ``alpha``, as the operators take it, and ``eps``."""
+        self._alpha, self._eps = alpha, eps
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._layout.device)
@@ -167,12 +157,27 @@ class _Rows:
         raise NotImplementedError
 
     def begin(self, step: Step) -> None:
+        """Start a step."""
         self._step = step
-        self._seeds = step.rounding_seeds() if self._dtype is torch.bfloat16 else [None] * len(step.taken)
+        self._seeds = step.rounding_seeds() if self._dtype is torch.bfloat16 else None
+        self._seed_of, self._part = (-1, -1, -1), 0
+
+    def _seed(self, task: int) -> Tensor | None:
+        """Return the seed of a row's rounding: another one for every micro-batch, and for every further part of a
+        gradient, because errors of the same random bits would add up."""
+        if self._seeds is None:
+            return None
+        micro_batch = self._step.taken[task]
+        if (task, micro_batch, self._part) != self._seed_of:
+            self._seed_of, self._last_seed = (task, micro_batch, self._part), self._seeds[task]
+            if offset := (micro_batch << 40) + (self._part << 52):
+                self._last_seed = self._seeds[task] + offset
+        return self._last_seed
 
     def update(self, task: int, slots: Sequence[int], grads: Sequence[Tensor | None], accumulate: bool) -> None:
         """Take gradients of ``task``; see ``ema_update_``. Only the first of several in a step decay the row."""
         step = self._step
+        self._part = self._part + 1 if accumulate else 0
         accumulate = accumulate or step.taken[task] > 0
         self._ops.ema_update_(
             self._row(task),
@@ -182,7 +187,7 @@ class _Rows:
             self._layout.chunks,
             step.betas[task],
             step.inv_scale,
-            self._seeds[task],
+            self._seed(task),
             self._partials,
             self._row_sq_norms[task],
             step.found_inf,
@@ -236,6 +241,11 @@ class EmaRows(_Rows):
         self.buffer = self._zeros(T, layout.P, dtype=state_dtype)
         self._rows = self.buffer.unbind()
 
+    def complete(self, ops: Operators) -> None:
+        """Complete a copy."""
+        super().complete(ops)
+        self._rows = self.buffer.unbind()
+
     def _row(self, task: int) -> Tensor:
         return self._rows[task]
 
@@ -258,18 +268,18 @@ class EmaRows(_Rows):
     def end_task(self, task: int) -> None:
         """Nothing to do: the row stays in the buffer until ``finish``."""
 
-    def finish(self) -> list[Tensor]:
-        """The balanced gradient, one flat tensor per group of the layout."""
-        step, outs = self._step, []
-        for group in self._layout.groups:
-            columns, sq_norm = self.buffer[:, group.start : group.stop], torch.empty_like(step.alpha_value)
-            out = self._flat_grads.take(columns.shape[1], group.dtype)
-            is_last = group is self._layout.groups[-1]
-            self._combine(columns, out, slice(None), self._alpha, step.scale, sq_norm, is_last=is_last)
-            outs.append(out)
+    def finish(self, slots: Sequence[int]) -> list[Tensor]:
+        """Return the balanced gradient of each of ``slots``, which any task has reached; at least one."""
+        step, grads = self._step, []
+        blocks = self._layout.blocks(slots)
+        for block in blocks:
+            columns, sq_norm = self.buffer[:, block.start : block.stop], torch.empty_like(step.alpha_value)
+            out = self._memory.take(block)
+            self._combine(columns, out, slice(None), self._alpha, step.scale, sq_norm, is_last=block is blocks[-1])
+            grads += self._memory.hand_out(out, block)
             step.out_sq_norms.append(sq_norm)
         torch.autograd.graph.increment_version(self.buffer)  # for graphs that users build on views of it
-        return outs
+        return grads
 
     def gram(self) -> Tensor:
         """Inner products of all pairs of rows, shape ``(T, T)``."""
@@ -291,38 +301,41 @@ class SumRows(_Rows):
         self, T: int, layout: FlatLayout, ops: Operators, alpha: tuple[str, float], eps: float, state_dtype: torch.dtype
     ) -> None:
         super().__init__(T, layout, ops, alpha, eps, compute_dtype(state_dtype))
-        self._scratch = self._zeros(layout.P, dtype=self._dtype)
+        self._scratch, self._sum = (self._zeros(layout.P, dtype=self._dtype) for _ in range(2))
         self._one = torch.ones((), dtype=self._dtype, device=layout.device)
-        self._alpha_of_a_row = alpha if alpha[0] == "none" else ("constant", 1.0)
 
     def _row(self, task: int) -> Tensor:
         return self._scratch
 
     def begin(self, step: Step) -> None:
+        """Start a step."""
         super().begin(step)
         self.sq_norms.zero_()  # of tasks that stay away
         self._is_empty = True
-        self._sum = self._flat_grads.take(self._layout.P, self._dtype)
         step.out_sq_norms = [torch.empty_like(step.alpha_value)]
 
     def end_task(self, task: int) -> None:
         """Add the finished row to the sum."""
         tasks, (sq_norm,) = slice(task, task + 1), self._step.out_sq_norms
-        alpha, add = self._alpha_of_a_row, not self._is_empty
+        alpha, add = self._alpha if self._alpha[0] == "none" else ("constant", 1.0), not self._is_empty
         self._combine(self._scratch[None], self._sum, tasks, alpha, self._one, sq_norm, accumulate=add)
         self._is_empty = False
 
-    def finish(self) -> list[Tensor]:
-        """The balanced gradient, one flat tensor per group of the layout."""
+    def finish(self, slots: Sequence[int]) -> list[Tensor]:
+        """Return the balanced gradient of each of ``slots``, which any task has reached."""
         step = self._step
-        if step.active is not None:
-            self.sq_norms *= step.active  # the scratch row still held the task before
+        # Where a coefficient of 1 kept gradients out, the scratch row still held the task before.
+        betas = [step.betas.get(task, self._one) for task in range(len(step.norms))]
+        self.sq_norms.masked_fill_(torch.stack(betas) == 1, 0)
         empty = self._scratch[:0]
         unused = torch.empty_like(step.alpha_value)
         no_columns = empty.expand(len(step.norms), 0)
         self._combine(no_columns, empty, slice(None), self._alpha, step.scale, unused, is_last=True)
         factor = step.alpha_value * step.scale
         step.out_sq_norms[0] *= factor.square()
-        total = self._sum.mul_(factor)
-        del self._sum
-        return [total[start:stop].to(dtype) for dtype, start, stop in self._layout.groups]
+        grads = []
+        for block in self._layout.blocks(slots):
+            memory = self._memory.take(block)
+            torch.mul(self._sum[block.start : block.stop], factor, out=memory)
+            grads += self._memory.hand_out(memory, block)
+        return grads

@@ -42,10 +42,10 @@ class BetaSchedule:
 
     def restart(self, step: int = 0) -> None:
         """``step`` steps have been taken."""
-        self._at_most = step  # steps taken, as far as the host knows: those that overflowed do not count
+        self.at_most = step  # steps taken, as far as the host knows: those that overflowed do not count
 
     def is_over(self, step: Tensor) -> bool:
-        """Whether the step about to be taken needs no EMA any more. To be asked before each step, at least once.
+        """Return whether the step about to be taken needs no EMA any more.
 
         Waits for the device only when the number of calls says that it may be so: as a rule once in a training. Never
         while a graph is captured, which keeps its EMA.
@@ -54,11 +54,14 @@ class BetaSchedule:
         """
         if _is_capturing(step.device):
             return False
-        if self._at_most >= self._last_step:
-            self._at_most = int(step)
-        over = self._at_most >= self._last_step
-        self._at_most += 1
-        return over
+        if self.at_most >= self._last_step:
+            self.at_most = int(step)
+        return self.at_most >= self._last_step
+
+    def count(self, step: Tensor) -> None:
+        """Count a step that begins."""
+        if not _is_capturing(step.device):
+            self.at_most += 1
 
     def has_ended(self, step: int) -> bool:
         """Whether after ``step`` steps the EMA is over."""

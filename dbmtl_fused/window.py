@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dbmtl_fused.rows import Step
+from dbmtl_fused.tasks import positive_integer
 
 
 class Window:
@@ -22,6 +23,7 @@ class Window:
         self.size = accumulation_steps or 1
         self.taken = [0] * len(task_names)
         self.step: Step | None = None
+        self.reached: set[int] = set()  # slots, by any task
 
     def check(self, tasks: Sequence[int], accumulation_steps: int | None) -> None:
         """Raise unless losses of ``tasks`` may come next.
@@ -49,6 +51,11 @@ class Window:
         return [task for task, taken in enumerate(self.taken) if taken == 0]
 
 
-def check_accumulation_steps(value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_accumulation_steps(value: int) -> int:
+    """Return the number of micro-batches as an int.
+
+    :raises ValueError: If it is not a positive integer.
+    """
+    if (number := positive_integer(value)) is None:
         raise ValueError(f"accumulation_steps must be a positive integer or None, got {value!r}")
+    return number

@@ -236,7 +236,7 @@ def test_a_step_that_fails_at_its_end_is_noticed(rng: Rng, monkeypatch: pytest.M
     """The EMA has advanced and the step has not: nothing goes on until that is mended."""
     net, balancer = make("reference")
 
-    def out_of_memory() -> None:
+    def out_of_memory(wanted: object) -> None:
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:

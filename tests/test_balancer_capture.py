@@ -1,4 +1,4 @@
-"""Gradients arrive whole, once and in the right place, whatever the model does in its backward pass; both captures."""
+"""Gradients arrive whole, once and in the right place, whatever the model does in its backward pass."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dbmtl_fused import DBMTL
-from dbmtl_fused.capture import BucketCapture
+from dbmtl_fused.capture import Collector
 from dbmtl_fused.layout import FlatLayout
 
 Rng = np.random.Generator
-BUCKETS = {"from .grad": None, "tiny buckets": 64, "default": "auto"}
+BUCKETS = {"whole tasks": None, "tiny buckets": 64, "default": "auto"}
 
 
 @pytest.fixture(params=BUCKETS.values(), ids=BUCKETS)
@@ -193,14 +193,30 @@ def test_activation_checkpointing(backend: str, bucket_bytes: int | str | None, 
     assert_follows_algorithm1(params, checkpointed, backend, bucket_bytes, reference_losses=plain)
 
 
-def test_user_hooks_on_parameters_see_every_task(backend: str, bucket_bytes: int | str | None, rng: Rng) -> None:
+@pytest.mark.parametrize("how", ["backward", "drop-in loss", "autograd.grad"])
+def test_hooks_on_parameters_see_the_balanced_gradient_once(
+    backend: str, bucket_bytes: int | str | None, how: str, rng: Rng
+) -> None:
     net = make_net()
     x, target = net.batch(rng)
-    params: list[Tensor] = list(net.encoder.parameters())
-    calls = []
-    params[0].register_hook(lambda grad: calls.append(grad.norm()) or 2 * grad)
-    assert_follows_algorithm1(params, lambda: net.losses(x, target), backend, bucket_bytes, steps=1)
-    assert len(calls) == 6, "three tasks, in Algorithm 1 and in the balancer"
+    params = list(net.encoder.parameters())
+    expected = Algorithm1(params).step(net.losses(x, target))
+    seen: list[Tensor] = []
+    balancer = DBMTL(net.encoder, num_tasks=3, backend=backend, bucket_bytes=bucket_bytes)
+    for p in params:
+        p.register_hook(lambda grad: seen.append(grad.clone()) or 2 * grad)
+    if how == "backward":
+        balancer.backward(net.losses(x, target))
+    elif how == "drop-in loss":
+        balancer(net.losses(x, target)).backward()
+    else:
+        for p, grad in zip(params, torch.autograd.grad(balancer(net.losses(x, target)), params), strict=True):
+            p.grad = grad
+    assert len(seen) == len(params)
+    assert relative_error(grads_of(params), 2 * expected) < 1e-5
+    net.zero_grad()
+    net.losses(x, target)[0].backward()
+    assert len(seen) == 2 * len(params), "an ordinary backward pass runs them as before"
 
 
 def test_batchnorm_and_dropout_run_once(backend: str, bucket_bytes: int | str | None, rng: Rng) -> None:
@@ -309,25 +325,14 @@ def test_only_one_bucket_of_gradients_is_alive(backend: str, rng: Rng) -> None:
     layers = [nn.Linear(32, 32, bias=False).to(DEVICE) for _ in range(12)]
     net, one = nn.Sequential(*layers), 32 * 32 * 4
     balancer = DBMTL(net, num_tasks=3, backend=backend, bucket_bytes=2 * one)
-    pending: list[int] = []
-    for layer in layers:
-        layer.weight.register_hook(lambda _: pending.append(0))
-    capture = balancer._capture
-    seen: list[int] = []
+    collector, seen = balancer._collector, []
+    take = collector.take
 
-    def watched() -> object:
-        capturing = capture()
-        on_grad = capturing._on_grad
+    def watched(index: int, grad: Tensor) -> None:
+        take(index, grad)
+        seen.append(collector._bytes)
 
-        def count(*args: object) -> object:
-            result = on_grad(*args)
-            seen.append(capturing._bytes)
-            return result
-
-        capturing._on_grad = count
-        return capturing
-
-    balancer._capture = watched  # type: ignore[method-assign, assignment]
+    collector.take = watched  # type: ignore[method-assign]
     balancer.backward(three(net(fixed(4, 32, rng=rng))))
     assert len(seen) == 36
     assert max(seen) < 2 * one
@@ -356,16 +361,18 @@ def test_buckets_of_several_streams_are_refused(rng: Rng, monkeypatch: pytest.Mo
     layout = FlatLayout(list(net.named_parameters()))
     streams = iter(["a", "a", "b", "b", "a", "b"])
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda: next(streams))
-    capture = BucketCapture(layout, list(net.parameters()), lambda *args, **options: None, 1)
-    capture._on_gpu = True
+    collector = Collector(layout, list(net.parameters()), lambda *args, **options: None, 1)
+    collector._check_streams = True
     x = torch.from_numpy(rng.standard_normal((2, 4))).float()
-    with capture:
+    collector.begin()
+    with collector.backward_pass():
         for _ in range(2):
             net(x).sum().backward()
-            assert capture.finish_task() == {0, 1}
+            assert collector.finish_task() == {0, 1}
         expected = (
             "bucket_bytes must be None where parameters were used on several streams: the gradient of '0.weight' came "
             "on b, others of its task on a"
         )
         with pytest.raises(RuntimeError, match=rf"^{re.escape(expected)}$"):
             net(x).sum().backward()
+    collector.end()

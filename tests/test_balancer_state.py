@@ -64,7 +64,7 @@ def test_state_dict_names_everything_in_logical_order(backend: str, rng: Rng) ->
     balancer = DBMTL(net.encoder, task_names=["a", "b", "c"], backend=backend)
     balancer.backward(net.batch_losses(rng))
     state = balancer.state_dict()
-    assert set(state) == {"ema", "step", "reached", "task_names"}
+    assert set(state) == {"ema", "step", "reached", "task_names", "preference"}
     assert {name: m.shape for name, m in state["ema"].items()} == {
         name: (3, *p.shape) for name, p in net.encoder.named_parameters()
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis.strategies as st
 import torch
 from hypothesis import given
 from torch import Tensor, nn
 
 from dbmtl_fused._ops import CHUNK, GRAD_DTYPES
-from dbmtl_fused.layout import ALIGN, FlatLayout, is_dense, named_shared_parameters
+from dbmtl_fused.layout import ALIGN, FlatLayout, is_dense, large_first, named_shared_parameters
 
 shapes = st.lists(st.integers(0, 40), max_size=4).map(tuple)
 parameters = st.lists(st.tuples(shapes, st.sampled_from(GRAD_DTYPES), st.booleans()), min_size=1, max_size=8)
@@ -25,19 +27,22 @@ def make(description: list[tuple[tuple[int, ...], torch.dtype, bool]]) -> list[t
 @given(parameters)
 def test_slots_are_aligned_disjoint_and_grouped(description: list[tuple[tuple[int, ...], torch.dtype, bool]]) -> None:
     named = make(description)
-    layout = FlatLayout(named)
+    layout = FlatLayout(large_first(named))
     assert sorted(slot.name for slot in layout.slots) == sorted(name for name, _ in named)
     stop = 0
+    kinds = [(slot.dtype, slot.is_small) for slot in layout.slots]
+    assert len(set(kinds)) == 1 + sum(a != b for a, b in itertools.pairwise(kinds)), "each kind in one stretch"
+    blocks = layout.blocks(range(len(layout.slots)))
+    assert [slot for block in blocks for slot in block.slots] == layout.slots
     for slot in layout.slots:
         assert slot.start % ALIGN == 0
         assert slot.start >= stop
         stop = slot.start + slot.numel
-        (group,) = (g for g in layout.groups if g.dtype == slot.dtype)
-        assert group.start <= slot.start <= stop <= group.stop
+        (block,) = (block for block in blocks if slot in block.slots)
+        assert block.dtype == slot.dtype
+        assert block.start <= slot.start <= stop <= block.stop
     assert stop <= layout.P < stop + ALIGN
     assert layout.numel == sum(p.numel() for _, p in named)
-    assert [g.start for g in layout.groups[1:]] == [g.stop for g in layout.groups[:-1]]
-    assert layout.groups[-1].stop == layout.P
     assert layout.state_dtype == (torch.float64 if torch.float64 in {p.dtype for _, p in named} else torch.float32)
 
 

@@ -119,15 +119,12 @@ def test_the_checkpointed_part_runs_once_more_for_every_task(
 
 @captures
 def test_reentrant_checkpoints_under_autograd_grad(bucket_bytes: int | None, rng: Rng) -> None:
-    """Torch does not see parameters behind them: an error, ``.grad`` as before, and the balancer asks for a reset."""
+    """Torch does not see parameters behind them: an error, and all is as before."""
     net = Segments(use_reentrant=True).to(DEVICE)
     balancer = DBMTL(net.encoder, num_tasks=T, bucket_bytes=bucket_bytes)
     loss = balancer(net.losses(*batch(rng), 0))
     with pytest.raises(RuntimeError, match="the loss of task '0' reaches no shared parameter"):
         torch.autograd.grad(loss, list(net.encoder.parameters()))
     assert all(p.grad is None for p in net.parameters())
-    with pytest.raises(RuntimeError, match=r"the backward pass of task '0' failed .* call reset\(\)"):
-        balancer.backward(net.losses(*batch(rng), 0))
-    balancer.reset()
     balancer.backward(net.losses(*batch(rng), 0))
     assert balancer.step == 1

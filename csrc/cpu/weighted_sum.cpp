@@ -122,8 +122,9 @@ struct WeightedSumLoop {
   }
 };
 
-bool is_streamed(const void* out, DType dtype, int64_t P, bool accumulate) {
-  return !accumulate && P * size_of(dtype) >= kStreamedSum && reinterpret_cast<uintptr_t>(out) % kStreamed == 0;
+// `columns`: of all outs that are written in turn.
+bool is_streamed(const void* out, DType dtype, int64_t columns, bool accumulate) {
+  return !accumulate && columns * size_of(dtype) >= kStreamedSum && reinterpret_cast<uintptr_t>(out) % kStreamed == 0;
 }
 
 }  // namespace
@@ -145,7 +146,8 @@ void weighted_sum(const State* rows, int64_t stride, int64_t T, int64_t P, const
         }
       });
     };
-    if (is_streamed(out, out_dtype, P, accumulate))
+    // Rows may be parts of longer ones, whose other parts go to outs of their own.
+    if (is_streamed(out, out_dtype, std::max(P, T > 1 ? stride : 0), accumulate))
       sum_chunks(std::true_type{});
     else
       sum_chunks(std::false_type{});
