@@ -89,8 +89,8 @@ class Nested(torch.autograd.Function):
 class Batch:
     """Random numbers of one forward pass.
 
-    :param specials: The fault of a task's loss, by task: ``"nan"``, ``"inf"``, ``"zero"``, ``"below zero"`` (by a
-        rounding error), ``"negative"``, ``"flat"`` (its gradient is 0), ``"inf gradient"``, ``"huge gradient"``.
+    :param specials: What is wrong with the loss of a task, by task: ``"nan"``, ``"inf"``, ``"zero"``, ``"below zero"``
+        (by a rounding error), ``"inf gradient"``, ``"huge gradient"``.
     """
 
     x: Tensor
@@ -167,8 +167,6 @@ class Net(nn.Module):
         match kind:
             case "nan" | "inf":
                 return loss * float(kind)
-            case "flat":
-                return loss.detach() + 0 * loss
             case "zero":
                 return loss - loss.detach()
             case "below zero":
@@ -372,9 +370,7 @@ class Model:
             if not self.has_ema:
                 self.state.ema[:] = self.state.error[:] = 0
         window, state = self.window, self.state
-        vanishes = self.vanishes(scale)
-        window.active = [False] * self.T if vanishes else active
-        window.scale = 0.0 if vanishes else scale
+        window.active, window.scale = active, scale
         window.found_inf |= begun.found_inf
         state.reached |= set(reached)
         self.updated_rows, self.held = set(), np.zeros((self.T, self.P), dtype=bool)
@@ -413,7 +409,8 @@ class Model:
         low, high = self.state.ema - self.state.error, self.state.ema + self.state.error
         if self.state_dtype is torch.bfloat16 and self.window is not None:
             for task in self.updated_rows:
-                bits = rounding_bits(self.state.k * self.T + task, self.columns)
+                micro_batch = self.window.taken[task] - 1
+                bits = rounding_bits(self.state.k * self.T + task + (micro_batch << 40), self.columns)
                 rounded = [np.where(self.held[task], m[task], round_to_bfloat16(m[task], bits)) for m in (low, high)]
                 low[task], high[task] = rounded
         wrong = ~((low <= ema) & (ema <= high))
@@ -468,7 +465,7 @@ class Model:
             None if is_garbage else Bounded(norms, norm_error),
             Bounded(weights, weight_error),
             None if is_garbage else Bounded(np.asarray(balanced.alpha), np.asarray(alpha_error)),
-            None if window.scale == 0 else grad_norm,
+            None if self.vanishes(window.scale) else grad_norm,
         )
         return Bounded(balanced.out, out_error)
 

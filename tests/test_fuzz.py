@@ -31,20 +31,7 @@ from dbmtl_fused import DBMTL, backends
 SEQUENCES = int(os.environ.get("DBMTL_FUSED_TEST_SEQUENCES", "300"))
 CALLS = 20  # at most, in one sequence
 
-NOT_YET: set[str] = {
-    "scale zero",  # the drop-in loss times 0, or times a number too small to divide by
-    "negative grad_norm",  # the drop-in loss times a negative number: grad_norm is that of the gradient without it
-    "huge gradients",  # entries of the EMA beyond 2**46 are held back
-    "losses just below zero",  # they count as 0
-    "set of losses",  # TypeError
-    "0-d tensor",  # the loss of a single task
-    "numpy num_tasks",  # np.int64
-    "usable after a failure",  # if no entry of the EMA has changed
-    "usable after a failed plain sum",  # beta=0, alpha=None: no window is left open
-    "atomic load",  # a state_dict of which something is wrong changes nothing
-    "preference in state_dict",
-    "pickle",  # of the balancer with its model
-}
+NOT_YET: set[str] = set()
 """Behaviour that is promised and not there yet: what it names is not tried."""
 
 PHASES = (
@@ -107,7 +94,7 @@ forms = st.sampled_from(["list", "list", "tuple", "dict", "stack", "stack", "unp
 graphs = st.sampled_from(["one", "one", "each", "mixed"])
 variants = st.tuples(*[st.sampled_from(["", "", "", "(1,)", "(1, 1)", "double"])] * 4)
 factors = st.sampled_from([1.0, 1.0, 0.25, -2.0, 1024.0, 0.0, 1e-40])
-bad = st.sampled_from(["", "", "nan", "inf", "flat", "flat", "zero", "below zero", "inf gradient", "huge gradient"])
+bad = st.sampled_from(["", "", "nan", "inf", "zero", "below zero", "inf gradient", "huge gradient"])
 subsets = st.frozensets(st.integers(0, 3), max_size=3)
 flips = st.booleans()
 rarely = st.sampled_from([False, False, False, True])
@@ -131,7 +118,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "options": {
             "beta": beta,
             "beta_sigma": beta_sigma,
-            "alpha": draw(st.sampled_from(["max", "max", "min", "min", "mean", "median", 2.5, None])),
+            "alpha": draw(st.sampled_from(["max", "max", "min", "mean", "median", 2.5, None])),
             "log_losses": draw(st.sampled_from([True, True, False])),
             "preference": preference,
             "state_dtype": draw(st.sampled_from([None, None, torch.float32, torch.float64, torch.bfloat16])),
@@ -707,14 +694,7 @@ class Sequences(RuleBasedStateMachine):
     def drop_in_loss(self, **options: Any) -> None:
         self.run(Call(**options))
 
-    @rule(
-        seed=seeds,
-        way=st.sampled_from(["backward", "loss"]),
-        graph=graphs,
-        absent=subsets,
-        specials=st.sampled_from([("", "", "", ""), ("flat", "", "", ""), ("", "flat", "flat", "")]),
-        is_late=rarely,
-    )
+    @rule(seed=seeds, way=st.sampled_from(["backward", "loss"]), graph=graphs, absent=subsets, is_late=rarely)
     def without_some(self, **options: Any) -> None:
         self.run(Call(**options))
 
@@ -790,7 +770,7 @@ class Sequences(RuleBasedStateMachine):
     @rule(seed=seeds, form=forms, way=st.sampled_from(["loss", "grad"]), absent=subsets)
     def prepare_loss(self, **options: Any) -> None:
         """The backward pass of this one comes later."""
-        if self.model.window is None:
+        if self.model.window is None and not self.model.is_over():
             self.pending = self.prepare(Call(**options))
             self.make_loss(self.pending)
 
@@ -799,7 +779,7 @@ class Sequences(RuleBasedStateMachine):
     def run_prepared_loss(self) -> None:
         prepared, self.pending = self.pending, None
         assert prepared is not None
-        if prepared.kind == (self.model.has_ema, self.model.is_plain):
+        if prepared.kind == (self.model.has_ema, self.model.is_plain) and not self.model.is_over():
             self.execute(prepared)
 
     @rule(seed=seeds)
@@ -952,6 +932,8 @@ class Sequences(RuleBasedStateMachine):
     @rule(seed=seeds, second=flips)
     def wrong_backward_of_the_loss(self, seed: int, second: bool) -> None:
         """With ``create_graph``, or once more."""
+        if self.model.is_over():
+            return  # the EMA goes when the step begins
         prepared = self.prepare(Call(seed, way="loss", retain=True))
         if self.model.is_plain:
             return
