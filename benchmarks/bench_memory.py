@@ -9,6 +9,7 @@ what its allocator had handed out.
 
 from __future__ import annotations
 
+import copy
 import functools
 import statistics
 from collections.abc import Callable, Iterator
@@ -169,11 +170,13 @@ def peak_of_gradients(step: Step) -> float:
         storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         peak = max(peak, sum(size for _, size in storages.values()))
 
-    nodes = [get_gradient_edge(p).node for p in step.model.shared()]
-    handles = [node.register_prehook(arrive) for node in nodes]
-    step()
-    for handle in handles:
-        handle.remove()
+    # Of a copy, whose nodes have these prehooks before a balancer adds its own.
+    memo: dict[int, Any] = {}
+    model = copy.deepcopy(step.model, memo)
+    nodes = [get_gradient_edge(p).node for p in model.shared()]
+    for node in nodes:
+        node.register_prehook(arrive)
+    copy.deepcopy(step, memo)()
     return float(peak)
 
 
