@@ -89,8 +89,8 @@ class Nested(torch.autograd.Function):
 class Batch:
     """Random numbers of one forward pass.
 
-    :param specials: What is wrong with the loss of a task, by task: ``"nan"``, ``"inf"``, ``"zero"``, ``"below zero"``
-        (by a rounding error), ``"inf gradient"``, ``"huge gradient"``.
+    :param specials: The fault of a task's loss, by task: ``"nan"``, ``"inf"``, ``"zero"``, ``"below zero"`` (by a
+        rounding error), ``"negative"``, ``"flat"`` (its gradient is 0), ``"inf gradient"``, ``"huge gradient"``.
     """
 
     x: Tensor
@@ -167,6 +167,8 @@ class Net(nn.Module):
         match kind:
             case "nan" | "inf":
                 return loss * float(kind)
+            case "flat":
+                return loss.detach() + 0 * loss
             case "zero":
                 return loss - loss.detach()
             case "below zero":

@@ -94,7 +94,7 @@ forms = st.sampled_from(["list", "list", "tuple", "dict", "stack", "stack", "unp
 graphs = st.sampled_from(["one", "one", "each", "mixed"])
 variants = st.tuples(*[st.sampled_from(["", "", "", "(1,)", "(1, 1)", "double"])] * 4)
 factors = st.sampled_from([1.0, 1.0, 0.25, -2.0, 1024.0, 0.0, 1e-40])
-bad = st.sampled_from(["", "", "nan", "inf", "zero", "below zero", "inf gradient", "huge gradient"])
+bad = st.sampled_from(["", "", "nan", "inf", "flat", "flat", "zero", "below zero", "inf gradient", "huge gradient"])
 subsets = st.frozensets(st.integers(0, 3), max_size=3)
 flips = st.booleans()
 rarely = st.sampled_from([False, False, False, True])
@@ -118,7 +118,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "options": {
             "beta": beta,
             "beta_sigma": beta_sigma,
-            "alpha": draw(st.sampled_from(["max", "max", "min", "mean", "median", 2.5, None])),
+            "alpha": draw(st.sampled_from(["max", "max", "min", "min", "mean", "median", 2.5, None])),
             "log_losses": draw(st.sampled_from([True, True, False])),
             "preference": preference,
             "state_dtype": draw(st.sampled_from([None, None, torch.float32, torch.float64, torch.bfloat16])),
@@ -694,7 +694,14 @@ class Sequences(RuleBasedStateMachine):
     def drop_in_loss(self, **options: Any) -> None:
         self.run(Call(**options))
 
-    @rule(seed=seeds, way=st.sampled_from(["backward", "loss"]), graph=graphs, absent=subsets, is_late=rarely)
+    @rule(
+        seed=seeds,
+        way=st.sampled_from(["backward", "loss"]),
+        graph=graphs,
+        absent=subsets,
+        specials=st.sampled_from([("", "", "", ""), ("flat", "", "", ""), ("", "flat", "flat", "")]),
+        is_late=rarely,
+    )
     def without_some(self, **options: Any) -> None:
         self.run(Call(**options))
 
