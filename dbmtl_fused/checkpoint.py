@@ -111,6 +111,8 @@ def _ema(ema: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     if not isinstance(ema, Mapping):
         raise TypeError(f"state_dict['ema'] must be a mapping of names to tensors, got {type(ema).__name__}")
     for name, entry in ema.items():
+        if not isinstance(name, str):
+            raise TypeError(f"state_dict['ema'] must have names of parameters as keys, got {name!r}")
         if not isinstance(entry, Tensor) or entry.layout is not torch.strided or entry.is_meta:
             found = f"a {entry.layout} tensor on {entry.device}" if isinstance(entry, Tensor) else type(entry).__name__
             raise TypeError(f"state_dict['ema'][{name!r}] must be a dense tensor with memory, got {found}")

@@ -55,6 +55,8 @@ def preferences_of(
     if preference is None:
         return None
     if isinstance(preference, Tensor):
+        if preference.is_meta:
+            raise TypeError("preference must be numbers or a tensor with memory, got a tensor on meta")
         preference = preference.detach().reshape(-1).tolist()
     if isinstance(preference, Mapping):
         if set(preference) != set(task_names):

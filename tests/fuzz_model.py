@@ -456,6 +456,8 @@ class Model:
         terms = np.abs(balanced.weights)[:, None] * state.error
         terms = terms + (weight_error + eps * np.abs(balanced.weights))[:, None] * np.abs(state.ema)
         out_error = np.abs(scale) * terms.sum(axis=0)
+        if self.vanishes(window.scale):
+            out_error = out_error + 1e-25  # times rows that keep what they had, which is anything without an EMA
         grad_norm = nan_scalar()
         if not window.found_inf and window.scale:
             size = np.abs(scale)

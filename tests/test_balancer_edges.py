@@ -365,6 +365,8 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "another shape": lambda state: state["ema"].update({"2.bias": torch.zeros(2, 5)}),
     "one missing": lambda state: state["ema"].pop("2.bias"),
     "preference": lambda state: state.update(preference=[1.0]),
+    "preference on meta": lambda state: state.update(preference=torch.ones(2, device="meta")),
+    "keys that are no names": lambda state: state["ema"].update({3: torch.zeros(2, 4)}),
 }
 
 
