@@ -977,6 +977,8 @@ class Sequences(RuleBasedStateMachine):
     )
     def failure(self, seed: int, way: str, form: str, graph: str, where: int, M: int | None, load: bool) -> None:
         """An exception in the backward pass of a task; ``where`` is -1: somewhere in the first one's encoder."""
+        if self.model.is_over():
+            return  # the EMA goes when the step begins
         prepared = self.prepare(Call(seed, way=way, form=form, graph=graph, M=M))
         if self.model.is_plain and (way == "loss" or self.model.window is not None):
             return  # an ordinary backward pass of an ordinary loss, which has counted by then
