@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from dbmtl_fused import backends, checkpoint
 from dbmtl_fused._ops import NEGATIVE_LOSS_TOLERANCE, STATE_DTYPES, compute_dtype
-from dbmtl_fused.capture import Collector, assign_grads, count_sole_holder, with_hooks
-from dbmtl_fused.engine import backward_pass, balanced_loss, runs_eagerly
+from dbmtl_fused.capture import Collector, Sink, assign_grads, count_sole_holder, with_hooks
+from dbmtl_fused.engine import SECOND_PASS, backward_pass, balanced_loss, runs_eagerly
 from dbmtl_fused.functional import alpha_arguments, check_beta, check_eps, check_in_range
 from dbmtl_fused.grads import accumulate
 from dbmtl_fused.guards import Guard
@@ -169,16 +170,15 @@ class DBMTL:
         self._params = [named[i][1] for i in self.layout.order]
         self._guard = Guard(self.layout, self._params, left_out)
         count_sole_holder()
-        self._collector = Collector(self.layout, self._params, self._sink, bucket_bytes)
+        self._collector = Collector(self.layout, self._params, _weak_sink(self), bucket_bytes)
         self._is_plain_sum = options["alpha"] is None and preferences is None  # without EMA: one ordinary backward pass
-        self._rows: EmaRows | SumRows | None = None
         self._preference = None if preferences is None else self._tensor(preferences)
         self._step = torch.zeros((), dtype=torch.int64, device=self.layout.device)
         self._one = torch.ones((), dtype=self._dtype, device=self.layout.device)
         self._all_shared_graphs = False
         self._is_running = False
         self._held: _Held | None = None
-        self._rows = self._new_rows()
+        self._rows: EmaRows | SumRows | None = self._new_ema_rows() if self.beta > 0 else self._rows_without_ema()
         self.reset()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -355,7 +355,7 @@ class DBMTL:
             self._ema_rows().clear()
         self._reached = [False] * len(self._params)  # by any task, ever
         self._window: Window | None = None
-        self._last_losses: TaskLosses | None = None
+        self._last_values: tuple[Sequence[str], Tensor] | None = None  # of the losses, if the host has not seen them
         self._forget_results()
         self._hold_anew()
         self._failure = None
@@ -444,9 +444,9 @@ class DBMTL:
     ) -> Tensor:
         """A loss for loops that call ``loss.backward()`` themselves: ``Σ_t log(l_t + log_eps)``, 0-d.
 
-        Its backward pass runs the ``T`` backward passes and returns the balanced shared gradients to autograd; scaling
-        the loss scales them and the heads' gradients, not the EMA. Heads are reached by ``loss.backward()`` only, not
-        by ``backward(inputs=...)`` or ``autograd.grad``. Under ``no_grad`` it is just the value.
+        Its backward pass runs the ``T`` backward passes. ``loss.backward()`` accumulates into every ``.grad``, heads
+        included; ``backward(inputs=...)`` and ``autograd.grad`` get the balanced shared gradients alone. A factor on
+        the loss scales gradients, not the EMA. Under ``no_grad`` it is just the value.
 
         :param losses, active, accumulation_steps: As in :meth:`backward`. The value is that of these losses alone;
             gradients are divided by the number of micro-batches.
@@ -505,14 +505,17 @@ class DBMTL:
                 "a step of this balancer is running: this call came from within its backward passes, or from another "
                 "thread; call reset() if an interrupt left it so"
             )
+        self._check_complete()
+        self._guard.check(overwrite)
+        if type(self._preference) is Tensor and self._preference.device.type == "cpu":  # elsewhere it would wait
+            preferences_of(self._preference, self.task_names, self._dtype)
+
+    def _check_complete(self) -> None:
         if self._failure:
             raise RuntimeError(
                 f"the balancer's state is incomplete: {self._failure}; call reset() or load_state_dict() before the "
                 "next step"
             )
-        self._guard.check(overwrite)
-        if type(self._preference) is Tensor and self._preference.device.type == "cpu":  # elsewhere it would wait
-            preferences_of(self._preference, self.task_names, self._dtype)
 
     def _task_losses(
         self, losses: Losses, active: Tensor | None, accumulation_steps: int | None, need_graph: bool = True
@@ -604,7 +607,8 @@ class DBMTL:
             raise
         finally:
             self._stop()
-        self._last_losses = call.losses
+        if self.log_eps is not None and self.layout.device.type != "cpu":
+            self._last_values = call.losses.task_names, call.losses.values
         if window.is_complete():
             return self._finish_step(window)
         self._window = window
@@ -669,9 +673,6 @@ class DBMTL:
         for i, grad in zip(slots, balanced, strict=True):
             grads[i] = grad if self._params[i].requires_grad else None
         return grads
-
-    def _new_rows(self) -> EmaRows | SumRows | None:
-        return self._new_ema_rows() if self.beta > 0 else self._rows_without_ema()
 
     def _new_ema_rows(self) -> EmaRows:
         return EmaRows(self.num_tasks, self.layout, self._ops, self._alpha, self.eps, self._state_dtype)
@@ -742,26 +743,32 @@ class DBMTL:
         window = self._window or Window(self.task_names, call.accumulation_steps)
         window.check(call.tasks, call.accumulation_steps)
         seeds = self._seeds(self._new_step(window, None), call, scale, window.size)
-        kept = [p.grad for p in self._params] if overwrite and not any(window.taken) else None
+        replaced = self._params if overwrite and not any(window.taken) else []
+        kept = [p.grad for p in replaced]
         try:
-            if kept is not None:
-                assign_grads(self._params, [None] * len(kept))
+            assign_grads(replaced, [None] * len(kept))
             backward_pass(call.losses.roots, seeds, retain_graph=retain_graph)
         except BaseException:
-            if kept is not None:
-                assign_grads(self._params, kept)
+            assign_grads(replaced, kept)
             raise
+        for p, grad in zip(replaced, kept, strict=True):
+            if p.grad is None:  # frozen, or not reached
+                p.grad = grad
         self._count_plain(window, call)
 
     def _plain_loss(self, call: _Call) -> Tensor:
         """Return equal weighting as a differentiable loss, for ``balancer(losses)``."""
 
+        calls = [call]
+
         def on_backward(grad: Tensor) -> Tensor:
+            if not calls:
+                raise RuntimeError(SECOND_PASS)
             self._check_usable()
             self._drop_ema_in_time()
             window = self._window or Window(self.task_names, call.accumulation_steps)
             window.check(call.tasks, call.accumulation_steps)
-            self._count_plain(window, call)
+            self._count_plain(window, calls.pop())
             return grad / window.size
 
         value = call.losses.differentiable_value()
@@ -795,8 +802,9 @@ class DBMTL:
         (T,) or None}``. As in an optimizer's state, ``ema`` holds views of the live buffer. It is empty without a
         buffer.
 
-        :raises RuntimeError: In the middle of an accumulation window, or if a step has failed.
+        :raises RuntimeError: In the middle of an accumulation window, or if the state is incomplete.
         """
+        self._check_complete()
         if self._window is not None:
             raise RuntimeError(
                 "the state in the middle of an accumulation window cannot be saved; save after its last backward(), or "
@@ -897,11 +905,11 @@ class DBMTL:
         return copied
 
     def _warn_of_negative_losses(self) -> None:
-        """Name losses below zero of the last step where a GPU's host has not seen them: they were not counted."""
-        losses, self._last_losses = self._last_losses, None
-        if losses is None or losses.log_eps is None or losses.values.device.type == "cpu":
+        """Warn of losses below zero in the last step, which was not counted, where the host has not seen them."""
+        if self._last_values is None:
             return
-        for name, value in zip(losses.task_names, losses.values.tolist(), strict=True):
+        (names, values), self._last_values = self._last_values, None
+        for name, value in zip(names, values.tolist(), strict=True):
             if value < -NEGATIVE_LOSS_TOLERANCE:
                 warnings.warn(
                     f"loss of task {name!r} must be >= 0 to take its log, got {value} in the last step, which was not "
@@ -962,6 +970,18 @@ class _Held:
         if isinstance(rows, EmaRows) and self._ema is not None:
             rows.buffer.copy_(self._ema[0])
             rows.sq_norms.copy_(self._ema[1])
+
+
+def _weak_sink(balancer: DBMTL) -> Sink:
+    """Return the balancer's sink, which does not keep it alive: a collector would, until the garbage collector runs."""
+    sink = weakref.WeakMethod(balancer._sink)
+
+    def to_balancer(slots: Sequence[int], grads: Sequence[Tensor | None], accumulate: bool) -> None:
+        method = sink()
+        assert method is not None, "a step that runs holds its balancer"
+        method(slots, grads, accumulate)
+
+    return to_balancer
 
 
 def _rebuilt(

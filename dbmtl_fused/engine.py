@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+SECOND_PASS = "the balanced loss supports one backward pass, and this is a second one; call balancer(losses) again"
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -103,9 +105,7 @@ class _BalancedLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the balanced loss cannot be differentiated twice: create_graph=True is not supported")
         if ctx.pending is None:
-            raise RuntimeError(
-                "the balanced loss supports one backward pass, and this is a second one; call balancer(losses) again"
-            )
+            raise RuntimeError(SECOND_PASS)
         pending, keep_graph = ctx.pending, torch._C._autograd._get_current_graph_task_keep_graph()
         # The probe is a leaf nobody asks for by name: only a plain backward() reaches it, and only that may touch
         # heads.

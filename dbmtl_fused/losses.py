@@ -79,7 +79,8 @@ class TaskLosses:
         if len({parent for parent, _ in parents if parent}) != 1 or not all(parent for parent, _ in parents):
             return
         edges = [_stacked_edge(parent, index) for parent, index in parents]
-        if all(edges) and all(loss.dim() == 0 for loss in self._tensors):
+        is_watched = any(loss._base is not None and _is_watched(loss._base) for loss in self._tensors)
+        if all(edges) and not is_watched and all(loss.dim() == 0 for loss in self._tensors):
             self.roots = [GradientEdge(*edge) for edge in edges if edge]
         elif parents[0][0] is not None and parents[0][0].name() in _ASSEMBLING:
             _warn_of_one_tensor("that are views of one tensor, into which they were written")
@@ -97,8 +98,7 @@ class TaskLosses:
         # Backward through ``stack`` would run every head for every task, and hand one task's inf to all as 0 * inf.
         # Hooks of the stacked losses, and their ``.grad``, need that pass.
         is_stack = losses.grad_fn is not None and losses.grad_fn.name() == "StackBackward0"
-        has_hooks = bool(losses._backward_hooks) or losses.retains_grad
-        edges = losses.grad_fn.next_functions if is_stack and losses.grad_fn and not has_hooks else ()
+        edges = losses.grad_fn.next_functions if is_stack and losses.grad_fn and not _is_watched(losses) else ()
         if len(edges) == T:
             for name, (node, index) in zip(self.task_names, edges, strict=True):
                 self._check_requires_grad(name, node is not None)
@@ -207,10 +207,15 @@ def _reaches(root: Node, nodes: Container[Node], params: Container[int]) -> bool
     return False
 
 
+def _is_watched(tensor: Tensor) -> bool:
+    """Return whether a backward pass must go through the tensor: it has hooks, or gets a ``.grad``."""
+    return bool(tensor._backward_hooks) or tensor.retains_grad
+
+
 def _viewed(loss: Tensor) -> tuple[Node | None, int]:
     """Return the node that made the tensor of which a loss is an element, and its index; (None, 0) if it is none."""
     node = loss.grad_fn
-    if node is None or loss._backward_hooks or loss.retains_grad:
+    if node is None or _is_watched(loss):
         return None, 0
     if node.name() == "UnbindBackward0":
         return node.next_functions[0][0], loss.output_nr

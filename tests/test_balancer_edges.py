@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -654,3 +655,59 @@ def test_a_copy_in_the_middle_of_a_window_goes_on(options: dict[str, Any], copie
         n.balancer.backward({"1": n.losses(2)[1]}, accumulation_steps=1)
     assert_same(twin.grads(), net.grads())
     assert twin.balancer.step == net.balancer.step == 2
+
+
+def test_hooks_of_a_stack_run_for_its_elements() -> None:
+    net, seen = Net(), []
+    losses = torch.stack(net.losses())
+    losses.register_hook(lambda grad: seen.append(grad))
+    with pytest.warns(UserWarning, match="views of one tensor"):
+        net.balancer.backward(list(losses))
+    assert len(seen) == 2
+
+
+def test_a_dropped_balancer_is_gone_at_once() -> None:
+    net = Net()
+    balancer = DBMTL(net.encoder, num_tasks=2)
+    balancer.backward(net.losses())
+    alive, buffer = weakref.ref(balancer), weakref.ref(balancer._rows.buffer)
+    del balancer
+    assert alive() is None
+    assert buffer() is None
+
+
+def test_losses_are_not_kept() -> None:
+    net = Net()
+    losses = [loss + 0 for loss in net.losses()]
+    alive = [weakref.ref(loss) for loss in losses]
+    net.balancer.backward(losses)
+    del losses
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_equal_weighting_as_a_loss_has_one_backward_pass() -> None:
+    net = Net(beta=0.0, alpha=None)
+    loss = net.balancer(net.losses())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="supports one backward pass, and this is a second one"):
+        loss.backward()
+    assert net.balancer.step == 1
+
+
+def test_overwriting_leaves_a_frozen_parameter_alone() -> None:
+    net = Net(beta=0.0, alpha=None)
+    net.step()
+    frozen = net.encoder[2].bias.requires_grad_(False)
+    kept = frozen.grad
+    net.balancer.backward(net.losses(), overwrite=True)
+    assert frozen.grad is kept
+
+
+def test_an_incomplete_state_is_not_saved() -> None:
+    net = Net(bucket_bytes=1)
+    losses = [loss + 0 for loss in net.losses()]
+    losses[1].register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        net.balancer.backward(losses)
+    with pytest.raises(RuntimeError, match="the balancer's state is incomplete"):
+        net.balancer.state_dict()
