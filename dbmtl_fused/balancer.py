@@ -16,7 +16,7 @@ from torch import Tensor
 from dbmtl_fused import backends, checkpoint
 from dbmtl_fused._ops import NEGATIVE_LOSS_TOLERANCE, STATE_DTYPES, compute_dtype
 from dbmtl_fused.capture import Collector, Sink, assign_grads, count_sole_holder, with_hooks
-from dbmtl_fused.engine import SECOND_PASS, backward_pass, balanced_loss, runs_eagerly
+from dbmtl_fused.engine import SECOND_PASS, backward_pass, balanced_loss, entry_point
 from dbmtl_fused.functional import alpha_arguments, check_beta, check_eps, check_in_range
 from dbmtl_fused.grads import accumulate
 from dbmtl_fused.guards import Guard
@@ -373,7 +373,7 @@ class DBMTL:
         unmeasured = torch.full((self.num_tasks,), torch.nan, dtype=self._dtype, device=self.layout.device)
         self.norms, self.weights, self.alpha_value = unmeasured, unmeasured.clone(), unmeasured[0].clone()
 
-    @runs_eagerly
+    @entry_point
     def backward(
         self,
         losses: Losses,
@@ -415,7 +415,7 @@ class DBMTL:
             scale = scaler.scale(scale)
         self._run(call, scale, retain_graph=retain_graph, overwrite=overwrite)
 
-    @runs_eagerly
+    @entry_point
     def flush(self, *, overwrite: bool = False) -> None:
         """End an accumulation window that stays short, as at the end of an epoch, and take its step.
 
@@ -434,7 +434,7 @@ class DBMTL:
         else:
             self._write(self._finish_step(self._window), overwrite)
 
-    @runs_eagerly
+    @entry_point
     def __call__(
         self,
         losses: Losses,
@@ -776,11 +776,12 @@ class DBMTL:
         return value
 
     def _count_plain(self, window: Window, call: _Call) -> None:
-        window.taken[:] = [taken + (task in call.tasks) for task, taken in enumerate(window.taken)]
-        if window.is_complete():
+        taken = [taken + (task in call.tasks) for task, taken in enumerate(window.taken)]
+        is_complete = window.is_complete(taken)
+        self._window = None if is_complete else window  # before it has counted, as an interrupt may come
+        window.taken[:] = taken
+        if is_complete:
             self._end_plain_step(window, call.active)
-        else:
-            self._window = window
 
     def _end_plain_step(self, window: Window, active: Tensor | None) -> None:
         self._forget_results()
@@ -823,6 +824,7 @@ class DBMTL:
             "preference": None if self._preference is None else self._preference.clone(),
         }
 
+    @entry_point
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> checkpoint.IncompatibleKeys:
         """Take over a ``state_dict``, from any device, dtype and memory format.

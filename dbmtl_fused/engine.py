@@ -18,15 +18,20 @@ SECOND_PASS = "the balanced loss supports one backward pass, and this is a secon
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def runs_eagerly(function: _Function) -> _Function:
-    """Decorate a function that ``torch.compile`` must not trace, nor any that it calls, as ``torch.compiler.disable``
-    does, without its import of the whole compiler."""
+def entry_point(function: _Function) -> _Function:
+    """Decorate a function through which the package is entered.
+
+    ``torch.compile`` traces neither the function nor any that it calls, as with ``torch.compiler.disable``, whose
+    import of the whole compiler is spared. The grad mode is the same afterwards, even if an interrupt hit
+    ``torch.no_grad``.
+    """
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        compiler = eval_frame.set_eval_frame(None)
+        grad_mode, compiler = torch.is_grad_enabled(), eval_frame.set_eval_frame(None)
         try:
             return function(*args, **kwargs)
         finally:
+            torch._C._set_grad_enabled(grad_mode)
             eval_frame.set_eval_frame(compiler)
 
     wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -100,7 +105,7 @@ class _BalancedLoss(torch.autograd.Function):
         return pending.value
 
     @staticmethod
-    @runs_eagerly
+    @entry_point
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the balanced loss cannot be differentiated twice: create_graph=True is not supported")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dbmtl_fused.capture import assign_grads
 from dbmtl_fused.layout import Block
 
 
@@ -66,10 +66,13 @@ def _is_held_elsewhere(tensor: Tensor) -> bool:
 
 
 def accumulate(params: Sequence[Tensor], grads: Sequence[Tensor | None], overwrite: bool) -> None:
-    """Accumulate as autograd does at leaves: take the gradient where there is none, else add."""
+    """Accumulate as autograd does at leaves: take the gradient where there is none, else add.
+
+    Either all or none of it is done: no interrupt comes within the last line, which runs no Python.
+    """
     pairs = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None]
     taking = [(p, grad) for p, grad in pairs if overwrite or p.grad is None]
     adding = [(p.grad, grad) for p, grad in pairs if not (overwrite or p.grad is None)]
-    if adding:
-        torch._foreach_add_([existing for existing, _ in adding], [grad for _, grad in adding])
-    assign_grads([p for p, _ in taking], [grad for _, grad in taking])
+    taken = map(setattr, [p for p, _ in taking], ["grad"] * len(taking), [grad for _, grad in taking])
+    existing, added = [grad for grad, _ in adding], [grad for _, grad in adding]
+    list(itertools.chain(taken, map(torch._foreach_add_, [existing] if adding else [], [added])))

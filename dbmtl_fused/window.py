@@ -43,8 +43,9 @@ class Window:
                     f"for {waiting}; flush() ends the window"
                 )
 
-    def is_complete(self) -> bool:
-        return self._accumulation_steps is None or all(taken == self.size for taken in self.taken)
+    def is_complete(self, taken: Sequence[int] | None = None) -> bool:
+        """Return whether every task has had its micro-batches, or would have with ``taken``."""
+        return self._accumulation_steps is None or all(n == self.size for n in (taken or self.taken))
 
     def absent(self) -> list[int]:
         """Tasks that have had nothing."""

@@ -7,7 +7,6 @@ import copy
 import math
 import pickle
 import re
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -206,34 +205,6 @@ def test_in_place_code_on_a_gradient_that_a_leaf_shares(bucket_bytes: int | str 
 
     plain = gradient(lambda loss, pos: loss.backward())
     torch.testing.assert_close(gradient(balanced), plain / plain.norm(), rtol=1e-4, atol=1e-6)
-
-
-def test_the_backward_pass_of_another_thread_lands_in_grad() -> None:
-    net, quiet = Net(bucket_bytes=1), Net(bucket_bytes=1)
-    expected = quiet.step(1)
-    other = [p.clone() for p in torch.autograd.grad(net.losses(2)[0], list(net.encoder.parameters()))]
-    losses, foreign = net.losses(1), net.losses(2)[0]
-
-    def run_other(grad: Tensor) -> None:
-        if not threads:
-            threads.append(threading.Thread(target=foreign.backward))
-            threads[0].start()
-            threads[0].join()
-
-    threads: list[threading.Thread] = []
-    losses[1].register_hook(run_other)
-    net.balancer.backward(losses)
-    for found, a, b in zip(net.grads(), expected, other, strict=True):
-        torch.testing.assert_close(found, a + b)
-    assert all(torch.equal(m, quiet.balancer.ema[name]) for name, m in net.balancer.ema.items())
-
-
-def test_a_step_within_a_step_raises() -> None:
-    net = Net()
-    losses, others = net.losses(), net.losses(1)
-    losses[1].register_hook(lambda grad: net.balancer.backward(others))
-    with pytest.raises(RuntimeError, match=r"a step of this balancer is running"):
-        net.balancer.backward(losses)
 
 
 # --- Scales, pending losses
@@ -711,3 +682,16 @@ def test_an_incomplete_state_is_not_saved() -> None:
         net.balancer.backward(losses)
     with pytest.raises(RuntimeError, match="the balancer's state is incomplete"):
         net.balancer.state_dict()
+
+
+@pytest.mark.parametrize("drop_in", [False, True])
+def test_compiled_autograd(drop_in: bool) -> None:
+    import torch._dynamo.compiled_autograd as compiled_autograd
+
+    net, other = Net(), Net()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        losses = net.losses()
+        net.balancer(losses).backward() if drop_in else net.balancer.backward(losses)
+    other.step()
+    assert_same(net.grads(), other.grads())
+    torch._dynamo.reset()

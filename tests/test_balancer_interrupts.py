@@ -1,153 +1,285 @@
-"""An exception at any line of the package leaves ordinary training as it was, and a balancer that works or asks for a
-reset."""
+"""An exception at any line of the package: ordinary training goes on, and the balancer works or asks for a reset."""
 
 from __future__ import annotations
 
-import copy
-import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from interruptions import World, chosen, interrupted_at, lines_of, same
+from torch import Tensor
 
-import dbmtl_fused
 from dbmtl_fused import DBMTL
 
-PACKAGE = str(Path(dbmtl_fused.__file__).parent)
-STRIDE = 40  # of the lines that are interrupted in one run; the first one is random
+Rng = np.random.Generator
+Action = Callable[[World], object]
 
 
-class Interrupted(BaseException):
-    """Stands for KeyboardInterrupt."""
+def accumulate(world: World, seed: int) -> None:
+    world.balancer.backward(world.losses(seed), accumulation_steps=2)
 
 
-class Small:
-    """An encoder, heads and a balancer; ``.grad`` of the encoder holds ones if ``kept``."""
-
-    def __init__(self, kept: bool, **options: Any) -> None:
-        self.kept, self.options = kept, options
-        torch.manual_seed(0)
-        self.encoder, self.heads = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), nn.Linear(2, 2)
-        self.balancer = DBMTL(self.encoder, num_tasks=2, **options)
-        self.balancer.backward(self.losses(1))
-        self.zero_grad()
-        for p in self.encoder.parameters() if kept else ():
-            p.grad = torch.ones_like(p)
-
-    def as_built(self) -> Small:
-        return Small(self.kept, **self.options)
-
-    def losses(self, seed: int) -> list[Tensor]:
-        torch.manual_seed(seed)
-        return list(self.heads(self.encoder(torch.randn(4, 2))).square().mean(0))
-
-    def zero_grad(self) -> None:
-        self.encoder.zero_grad()
-        self.heads.zero_grad()
-
-    def grads(self) -> list[Tensor | None]:
-        return [None if p.grad is None else p.grad.clone() for p in self.encoder.parameters()]
-
-    def step(self, seed: int) -> list[Tensor | None]:
-        self.zero_grad()
-        self.balancer.backward(self.losses(seed))
-        return self.grads()
+def with_existing_grads(world: World) -> None:
+    for p in world.encoder.parameters():
+        p.grad = torch.full_like(p, 2)
 
 
-@contextmanager
-def interrupted_at(line: int) -> Iterator[list[int]]:
-    """Raise at the ``line``-th line of the package that runs; yields the number of lines seen."""
-    seen = [0]
-
-    def local(frame: FrameType, event: str, argument: object) -> Any:
-        if event == "line":
-            seen[0] += 1
-            if seen[0] == line:
-                sys.settrace(None)
-                raise Interrupted
-        return local
-
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
-        return local if frame.f_code.co_filename.startswith(PACKAGE) else None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield seen
-    finally:
-        sys.settrace(before)
+def with_some_grads(world: World) -> None:
+    world.params[0].grad = torch.full_like(world.params[0], 2)
 
 
-def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
-    return all(
-        (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y))
-        for x, y in zip(a, b, strict=True)
-    )
+def take_one(world: World) -> None:
+    world.balancer.backward(world.losses(0))
+    world.zero_grad()
 
 
-def assert_all_is_well(net: Small, before: list[Tensor | None], undisturbed: Callable[[], Small]) -> None:
-    """``.grad`` was left alone or written whole; ordinary passes are ordinary; the balancer works or says reset()."""
-    done = undisturbed()
-    assert same(net.grads(), before) or same(net.grads(), done.grads()), "shared .grad is lost, or written by half"
-    net.zero_grad()
-    sum(net.losses(5)).backward()
-    expected = torch.autograd.grad(sum(net.losses(5)), list(net.encoder.parameters()))
-    assert same(net.grads(), list(expected)), "an ordinary backward pass is not ordinary"
-    if net.balancer._failure or net.balancer._is_running:
-        with pytest.raises(RuntimeError, match=re.escape("reset()")):
-            net.step(7)
-    elif net.balancer._window is None:  # else the first micro-batch is whole, and the second has not been
-        found = net.step(7)
-        assert any(same(found, other.step(7)) for other in (undisturbed(), net.as_built())), "neither before nor after"
-    net.balancer.reset()
-    found = net.step(9)
-    net.balancer = DBMTL(net.encoder, num_tasks=2, **net.options)
-    assert same(found, net.step(9)), "reset() does not give a new balancer"
+def drop_in(world: World) -> None:
+    world.balancer(world.losses(1)).backward()
 
 
-ACTIONS: dict[str, tuple[dict[str, Any], Callable[[Small], object]]] = {
-    "backward": ({}, lambda net: net.balancer.backward(net.losses(2))),
-    "backward, buckets": ({"bucket_bytes": 1}, lambda net: net.balancer.backward(net.losses(2))),
-    "backward, whole tasks": ({"bucket_bytes": None}, lambda net: net.balancer.backward(net.losses(2))),
-    "overwrite": ({}, lambda net: net.balancer.backward(net.losses(2), overwrite=True)),
-    "drop-in loss": ({}, lambda net: net.balancer(net.losses(2)).backward()),
-    "beta 0": ({"beta": 0.0}, lambda net: net.balancer.backward(net.losses(2))),
-    "log only": ({"beta": 0.0, "alpha": None}, lambda net: net.balancer.backward(net.losses(2), overwrite=True)),
-    "state": ({}, lambda net: net.balancer.load_state_dict(copy.deepcopy(net.balancer.state_dict()))),
-    "reset": ({}, lambda net: net.balancer.reset()),
-    "two micro-batches": (
+def autograd_grad(world: World) -> None:
+    torch.autograd.grad(world.balancer(world.losses(1)), world.params)
+
+
+def held(world: World) -> None:
+    with world.balancer.hold():
+        world.balancer.backward(world.losses(1))
+
+
+def backward(world: World) -> None:
+    world.balancer.backward(world.losses(1))
+
+
+def replace(world: World) -> None:
+    world.balancer.backward(world.losses(1), overwrite=True)
+
+
+def load(world: World) -> None:
+    world.balancer.load_state_dict(saved_state())
+
+
+@functools.cache
+def saved_state() -> dict[str, Any]:
+    source = World()
+    source.balancer.backward(source.losses(9))
+    return source.balancer.state_dict()
+
+
+def flush(world: World) -> None:
+    world.balancer.flush()
+
+
+def nothing(world: World) -> None:
+    """Change nothing."""
+
+
+PLAIN: dict[str, Any] = {"beta": 0.0, "alpha": None}
+CASES: dict[str, tuple[dict[str, Any], Action, Action, Action]] = {
+    # options, before, interrupted, calls afterwards
+    "backward": ({}, take_one, backward, backward),
+    "first backward": ({}, nothing, backward, backward),
+    "one bucket": ({"bucket_bytes": None}, take_one, backward, backward),
+    "small buckets": ({"bucket_bytes": 8}, take_one, backward, backward),
+    "existing .grad": ({}, with_existing_grads, backward, backward),
+    "existing .grad, one bucket": ({"bucket_bytes": None}, with_existing_grads, backward, backward),
+    "some existing .grad": ({}, with_some_grads, backward, backward),
+    "overwrite": ({}, with_existing_grads, replace, backward),
+    "bfloat16": ({"state_dtype": torch.bfloat16}, take_one, backward, backward),
+    "without EMA": ({"beta": 0.0}, take_one, backward, backward),
+    "without EMA, existing .grad": ({"beta": 0.0}, with_existing_grads, backward, backward),
+    "window begins": ({}, take_one, lambda w: accumulate(w, 1), lambda w: [accumulate(w, 2), accumulate(w, 3)]),
+    "window ends": (
         {},
-        lambda net: [net.balancer.backward(net.losses(s), accumulation_steps=2) for s in (2, 3)],
+        lambda w: accumulate(w, 0),
+        lambda w: accumulate(w, 1),
+        lambda w: [accumulate(w, 2), accumulate(w, 3)],
     ),
-    "flush": ({}, lambda net: [net.balancer.backward(net.losses(2), accumulation_steps=2), net.balancer.flush()]),
+    "window ends, small buckets": (
+        {"bucket_bytes": 8},
+        lambda w: accumulate(w, 0),
+        lambda w: accumulate(w, 1),
+        lambda w: [accumulate(w, 2), accumulate(w, 3)],
+    ),
+    "flush": ({}, lambda w: accumulate(w, 0), flush, lambda w: [flush(w), backward(w)]),
+    "drop-in loss": ({}, take_one, drop_in, drop_in),
+    "drop-in loss, existing .grad": ({}, with_existing_grads, drop_in, drop_in),
+    "drop-in loss, autograd.grad": ({}, take_one, autograd_grad, drop_in),
+    "plain": (PLAIN, take_one, backward, backward),
+    "plain, overwrite": (PLAIN, with_existing_grads, replace, backward),
+    "plain window": (
+        PLAIN,
+        lambda w: accumulate(w, 0),
+        lambda w: accumulate(w, 1),
+        lambda w: [accumulate(w, 2), accumulate(w, 3)],
+    ),
+    "plain drop-in loss": (PLAIN, take_one, drop_in, drop_in),
+    "EMA dropped": ({"beta": 0.5, "beta_sigma": 1.0, "drop_ema_below": 0.3}, take_one, backward, backward),
+    "reset": ({}, take_one, lambda w: w.balancer.reset(), backward),
+    "load_state_dict": ({}, take_one, load, backward),
+    "hold": ({}, take_one, held, backward),
 }
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["no .grad", ".grad"])
-@pytest.mark.parametrize(("options", "action"), ACTIONS.values(), ids=ACTIONS)
-def test_at_every_line(
-    options: dict[str, Any], action: Callable[[Small], object], kept: bool, rng: np.random.Generator
-) -> None:
-    def undisturbed() -> Small:
-        net = Small(kept, **options)
-        action(net)
-        return net
+def prepared(options: dict[str, Any], before: Action) -> World:
+    world = World(**options)
+    before(world)
+    return world
 
-    net = Small(kept, **options)
-    with interrupted_at(-1) as lines:
-        action(net)
-    total = lines[0]
-    assert total > 20
-    for line in range(1 + int(rng.integers(STRIDE)), total + 1, STRIDE):
-        net = Small(kept, **options)
-        before = net.grads()
-        with pytest.raises(Interrupted), interrupted_at(line):
-            action(net)
-        assert_all_is_well(net, before, undisturbed)
+
+def outcome(world: World, afterwards: Action) -> list[Tensor | None]:
+    """Return gradients and state after further calls from empty ``.grad``."""
+    world.zero_grad()
+    afterwards(world)
+    return world.grads() + world.state()
+
+
+def ordinary_grads(world: World) -> list[Tensor | None]:
+    world.zero_grad()
+    sum(world.losses(5)).backward()  # type: ignore[union-attr]
+    return world.grads()
+
+
+@functools.cache
+def as_new(case: str) -> list[list[Tensor | None]]:
+    """Return the gradients of an ordinary backward and the outcomes of two steps, all of a new balancer."""
+    new = World(**CASES[case][0])
+    return [ordinary_grads(new), *(outcome(new, step) for step in TWO_STEPS)]
+
+
+TWO_STEPS: list[Action] = [lambda w: w.balancer.backward(w.losses(6)), lambda w: w.balancer.backward(w.losses(7))]
+
+
+def assert_as_new(world: World, case: str) -> None:
+    """After a reset, steps are those of a new balancer."""
+    world.balancer.reset()
+    for step, expected in zip(TWO_STEPS, as_new(case)[1:], strict=True):
+        assert same(outcome(world, step), expected), "a reset balancer is not as new"
+
+
+def assert_recovers(world: World, case: str, allowed: list[list[Tensor | None]]) -> None:
+    assert same(ordinary_grads(world), as_new(case)[0]), "an ordinary backward is disturbed"
+    try:
+        found = outcome(world, CASES[case][3])
+    except RuntimeError as error:
+        assert "reset()" in str(error)  # noqa: PT017
+    else:
+        assert any(same(found, expected) for expected in allowed), "goes on, with another result"
+    assert_as_new(world, case)
+
+
+class Faults(NamedTuple):
+    """Faults after interrupts, each with the line it was interrupted at."""
+
+    of_errors: list[str]
+    of_grads: list[str]
+    of_balancer: list[str]
+
+
+@functools.cache
+def faults_of(case: str) -> Faults:
+    """Interrupt the action of a case at one line after the other."""
+    options, before, action, afterwards = CASES[case]
+    saved_state()
+    world = prepared(options, before)
+    lines = lines_of(lambda: action(world))
+    undisturbed = prepared(options, before)
+    untouched = undisturbed.shared_grads()
+    action(undisturbed)
+    full = undisturbed.shared_grads()
+    allowed = [outcome(prepared(options, before), afterwards), outcome(undisturbed, afterwards)]
+    faults = Faults([], [], [])
+    for number in chosen(lines):
+        world, where = prepared(options, before), f"{Path(lines[number][0]).name}:{lines[number][1]} (event {number})"
+        error: BaseException | None = None
+        try:
+            with interrupted_at(number):
+                action(world)
+        except BaseException as raised:
+            error = raised
+        if not isinstance(error, KeyboardInterrupt):
+            faults.of_errors.append(f"{where}: {error!r} instead of the interrupt")
+        grads = world.shared_grads()
+        if not (same(grads, untouched) or same(grads, full)):
+            faults.of_grads.append(f"{where}: existing .grad is lost or half")
+        try:
+            assert_recovers(world, case, allowed)
+        except (AssertionError, RuntimeError, ValueError) as raised:
+            faults.of_balancer.append(f"{where}: {type(raised).__name__}: {str(raised).splitlines()[0]}")
+    return faults
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_interrupt_at_any_line_comes_out_as_it_is(case: str) -> None:
+    faults = faults_of(case).of_errors
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in ("plain", "plain window", "plain drop-in loss")]
+)
+def test_an_interrupt_at_any_line_leaves_grad_untouched_or_whole(case: str) -> None:
+    """Exempt are ordinary backward passes, which an exception in a hook leaves half done."""
+    faults = faults_of(case).of_grads
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_after_an_interrupt_at_any_line_the_balancer_works_or_asks_for_a_reset(case: str) -> None:
+    faults = faults_of(case).of_balancer
+    assert not faults, "\n".join(faults)
+
+
+def test_an_interrupted_construction_leaves_nothing_behind() -> None:
+    def build(world: World) -> DBMTL:
+        return DBMTL(world.encoder, num_tasks=2, preference=[1.0, 2.0])
+
+    new = World()
+    lines = lines_of(lambda: build(new))
+    for number in chosen(lines):
+        world = World()
+        with_existing_grads(world)
+        with pytest.raises(KeyboardInterrupt), interrupted_at(number):
+            build(world)
+        assert all(torch.equal(p.grad, torch.full_like(p, 2)) for p in world.params if p.grad is not None)
+        assert all(p.grad is not None and p.requires_grad for p in world.params)
+        assert_recovers(world, "backward", [outcome(World(), backward)])
+
+
+@pytest.mark.parametrize("case", ["one bucket", "small buckets"])
+def test_alarms_at_random_times_leave_nothing_behind(case: str, rng: Rng) -> None:
+    options = CASES[case][0]
+
+    def alarm(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    allowed = [
+        outcome(prepared(options, take_one), steps)
+        for steps in (backward, lambda w: [backward(w), w.zero_grad(), backward(w)])
+    ]
+    before, hits = signal.signal(signal.SIGALRM, alarm), 0
+    try:
+        start = time.perf_counter()
+        backward(prepared(options, take_one))
+        longest = time.perf_counter() - start
+        for _ in range(30):
+            world = prepared(options, take_one)
+            losses = world.losses(1)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(1e-5, longest)))
+                world.balancer.backward(losses)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                hits += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert_recovers(world, case, allowed)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert hits, "no alarm came within a step"
