@@ -392,10 +392,11 @@ def test_what_allocates_is_measured_in_both_states_of_the_heap(monkeypatch: pyte
     section = bench_ops._shape("title", T, P, [comparators.LIBMTL], MEASURED)
     again = [comparators.kept(name) for name in comparators.ALLOCATING]
     assert list(section.samples) == [bandwidth.COPY, *kinds, *again]
-    faults = {name: min(sample.page_faults for sample in of) for name, of in section.samples.items()}
+    faults = {name: [sample.page_faults for sample in of] for name, of in section.samples.items()}
     pages = T * P * 4 / 4096
-    assert faults[comparators.LIBMTL] > 0.9 * pages  # of one matrix at least
-    assert faults[comparators.kept(comparators.LIBMTL)] < 0.01 * pages
+    # Of one matrix at least. Now and then a call finds a hole as large that was freed before.
+    assert max(faults[comparators.LIBMTL]) > 0.9 * pages, faults[comparators.LIBMTL]
+    assert min(faults[comparators.kept(comparators.LIBMTL)]) < 0.01 * pages
     assert section.checks["errors"].keys() == {*kinds, *again}
     (bar,) = section.bars
     assert bar.name == f"title: {comparators.LIBMTL} / {section.ratio_to}"
