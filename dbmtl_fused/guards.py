@@ -6,6 +6,7 @@ import gc
 import itertools
 import operator
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from dbmtl_fused.layout import FlatLayout, Slot, clean_name, grad_dtype
 
 _BUILT = operator.attrgetter("device", "grad_dtype", "dtype", "shape")
 ANEW = "build it anew (its state loads with load_state_dict(strict=False))"
+SCAN_EVERY = 32
+"""Steps that do not reach a parameter, of which one looks for its module among all objects: that takes a tenth of a
+second."""
 _HOOKS = operator.attrgetter("_post_accumulate_grad_hooks")
 
 
@@ -32,6 +36,7 @@ class Guard:
         self._built, self._strides = list(map(_BUILT, params)), list(map(Tensor.stride, params))
         self._references = 0  # to all parameters, at the last step
         self._holders: dict[int, int] = {}  # references to a parameter when a step first reached it
+        self._unreached = Counter[int]()  # steps that did not reach a parameter
 
     def watch(self, module: torch.nn.Module | None) -> None:
         """Have :meth:`check` compare the parameters of ``module``, which may be incomplete until then."""
@@ -94,14 +99,15 @@ class Guard:
             if i not in self._holders:
                 self._holders[i] = sys.getrefcount(self._params[i])
         unreached = [i for i, p in enumerate(self._params) if ever[i] and i not in reached and p.requires_grad]
-        if not unreached:
+        let_go = {i for i in unreached if sys.getrefcount(self._params[i]) < self._holders.get(i, 0)}
+        self._unreached.update(unreached)
+        if not any(i in let_go or self._unreached[i] % SCAN_EVERY == 1 for i in unreached):
             return
         roots = _roots_of(self._params)
         in_use = set().union(*(roots.get(id(self._params[i]), ()) for i in reached))
         for i in unreached:
             own = roots.get(id(self._params[i]), set())
-            is_let_go = sys.getrefcount(self._params[i]) < self._holders.get(i, 0)  # of tensors in no module
-            if not in_use & own if in_use else is_let_go:
+            if not in_use & own if in_use else i in let_go:  # tensors in no module can only be let go of
                 raise RuntimeError(
                     f"the balancer is stale: shared parameter {self._layout.slots[i].name!r} was reached before and no "
                     "task reaches it now; if it was replaced, build the balancer anew; if it is only not used at "

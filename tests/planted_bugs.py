@@ -132,8 +132,8 @@ BUGS: dict[str, list[Patch]] = {
     "overwrite clears what gets nothing": [
         (
             "grads.py",
-            "    if adding:\n",
-            "    if overwrite:\n        assign_grads(params, grads)\n    if adding:\n",
+            "    pairs = [",
+            "    for p, grad in zip(params, grads) if overwrite else ():\n        p.grad = grad\n    pairs = [",
         )
     ],
     "heads get weighted gradients": [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from dbmtl_fused import DBMTL
+from dbmtl_fused import DBMTL, guards
 
 pytestmark = pytest.mark.filterwarnings("ignore:losses that are views")
 
@@ -695,3 +695,17 @@ def test_compiled_autograd(drop_in: bool) -> None:
     other.step()
     assert_same(net.grads(), other.grads())
     torch._dynamo.reset()
+
+
+def test_layers_left_out_of_a_list_are_looked_for_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and again only if a parameter is let go of or stays away for long."""
+    net, looks = Net(), []
+    balancer, look = DBMTL(net.encoder.parameters(), num_tasks=2), guards._roots_of
+    monkeypatch.setattr(guards, "_roots_of", lambda params: looks.append(0) or look(params))
+    for every in (True, False, False, True, False):
+        features = net.encoder[: 3 if every else 1](torch.randn(5, 3))
+        balancer.backward(list(net.heads(features).square().mean(0)))
+    assert len(looks) == 1
+    net.encoder[2] = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match="was reached before"):
+        balancer.backward(list(net.heads(net.encoder(torch.randn(5, 3))).square().mean(0)))
