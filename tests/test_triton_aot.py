@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,9 +105,8 @@ class Machine(NamedTuple):
 
 
 def machines_of(launch: Launch, directory: Path) -> Iterable[Machine]:
-    """For every architecture, at the same time: compiler and disassembler are programs of their own."""
-    with ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
-        return pool.map(lambda architecture: Machine.of(launch, architecture, directory), ARCHITECTURES)
+    """For every architecture, one after the other: Python 3.11 cannot parse in several threads at a time."""
+    return (Machine.of(launch, architecture, directory) for architecture in ARCHITECTURES)
 
 
 WIDE_LOAD, WIDE_STORE = r"LDG\.E\S*\.128", r"STG\.E\S*\.128"
